@@ -11,6 +11,7 @@ from .errors import (
     ShapeError,
     TargetError,
 )
+from .rounding import round_float64, round_fraction, round_to
 from .scaling import lora_scaling
 
 __all__ = [
@@ -24,4 +25,7 @@ __all__ = [
     "ShapeError",
     "TargetError",
     "lora_scaling",
+    "round_float64",
+    "round_fraction",
+    "round_to",
 ]

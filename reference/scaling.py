@@ -1,7 +1,6 @@
 """The factor between ``B @ A`` and the weight update."""
 
 import math
-from numbers import Integral
 
 from .errors import ConfigError
 
@@ -9,8 +8,8 @@ from .errors import ConfigError
 def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
     """Return ``lora_alpha / r``, or ``lora_alpha / sqrt(r)`` with rank-stabilised LoRA.
 
-    The quotient is a float64, rounded once (twice with the square root); everything downstream takes that number as
-    exact.
+    The quotient is a float64, rounded once (twice with the square root); everything downstream takes that
+    number as exact.
 
     Args:
         r: rank of the adapter, at least 1.
@@ -22,7 +21,7 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool = False) -> float:
 
     Source: LoRA, arXiv 2106.09685, section 4.1 (alpha / r); rsLoRA, arXiv 2312.03732 (alpha / sqrt(r)).
     """
-    if isinstance(r, bool) or not isinstance(r, Integral) or r < 1:
+    if isinstance(r, bool) or not hasattr(r, "__index__") or r < 1:
         raise ConfigError(f"r: expected an integer of at least 1, got {r!r}; set the adapter's rank")
     if not math.isfinite(lora_alpha):
         raise ConfigError(
