@@ -1,1 +1,48 @@
+"""Merged weights as ONNX, and the proof that they are what was trained.
 
+`loracle.export.session`, `.generate` and `.text` run an exported model without torch; so this package loads
+its parts on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .exporter import ExportSummary, export
+    from .generate import greedy
+    from .report import Check, VerifyReport
+    from .session import DecoderSession, open_session
+    from .text import TextModel
+    from .verification import verify
+
+_HOMES = {
+    "Check": "report",
+    "DecoderSession": "session",
+    "ExportSummary": "exporter",
+    "TextModel": "text",
+    "VerifyReport": "report",
+    "export": "exporter",
+    "greedy": "generate",
+    "open_session": "session",
+    "verify": "verification",
+}
+
+__all__ = [
+    "Check",
+    "DecoderSession",
+    "ExportSummary",
+    "TextModel",
+    "VerifyReport",
+    "export",
+    "greedy",
+    "open_session",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,51 @@
+# Every target makes .venv by itself, once; PYTHON chooses the interpreter.
+PYTHON ?= python3
+BIN := .venv/bin
+SOURCES := reference files torch_impl export cli demo
+export TOKENIZERS_PARALLELISM := false
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint bench clean
+
+help:
+	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
+	@echo "make test      the tests, under 15 minutes on two cores"
+	@echo "make test-all  the tests and the long suites"
+	@echo "make lint      ruff, mypy, import contracts"
+	@echo "make bench     side-by-side measurements"
+
+$(BIN)/python:
+	$(PYTHON) -m venv .venv
+
+.venv/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,onnx,demo]'
+	@touch $@
+
+.venv/dev.stamp: .venv/run.stamp
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,onnx,demo,dev]'
+	@touch $@
+
+demo: .venv/run.stamp
+	$(BIN)/python -m loracle.demo --out demo-out
+
+test: .venv/dev.stamp
+	$(BIN)/python -m pytest -q -m 'not slow'
+
+test-all: .venv/dev.stamp lint
+	$(BIN)/python -m pytest -q
+
+# mypy reads the namespace `loracle` off a folder that holds it under that name.
+lint: .venv/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p .mypy_cache/root && ln -sfn "$(CURDIR)" .mypy_cache/root/loracle
+	cd .mypy_cache/root && MYPYPATH=. ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir .. \
+		$(SOURCES:%=-p loracle.%)
+	$(BIN)/lint-imports
+
+bench: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.decode
+
+clean:
+	rm -rf .venv demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

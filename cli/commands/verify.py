@@ -1,0 +1,56 @@
+"""`loracle verify`: is this the base model with that adapter merged?"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from loracle.reference import CheckError, FileError
+
+from ..guard import one_line_errors
+from ..options import Adapter, Debug, Json, Model
+from ..progress import bar
+
+
+def command(
+    candidate: Annotated[Path, typer.Argument(help="ONNX folder, or folder of a merged checkpoint.")],
+    model: Model,
+    adapter: Adapter = None,
+    prompts: Annotated[
+        Path | None, typer.Option("--prompts", help="Text file with a prompt a line, instead of our own.")
+    ] = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Prove that CANDIDATE is the base model with the adapter merged: its graph, its bits, its answers."""
+    with one_line_errors(debug):
+        from loracle.export.verification import PROMPTS, verify
+
+        lines = PROMPTS if prompts is None else _lines(prompts)
+        with bar("comparing tensors", quiet=as_json) as advance:
+            report = verify(candidate, model, adapter, prompts=lines, progress=advance)
+        if as_json:
+            typer.echo(json.dumps(report.to_json()))
+        else:
+            table = Table("check", "", "figure", title=f"{candidate}", title_justify="left")
+            for check in report.checks:
+                mark = "[green]pass[/green]" if check.passed else "[red]FAIL[/red]"
+                table.add_row(check.name, mark, check.figure)
+            Console().print(table)
+            for check in report.checks:
+                for failure in check.failures:
+                    typer.echo(f"FAIL {check.name}: {failure}")
+        if not report.passed:
+            raise typer.Exit(CheckError.exit_code)
+
+
+def _lines(path: Path) -> tuple[str, ...]:
+    lines = tuple(line for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    if not lines:
+        raise FileError(f"{path}: expected a prompt a line, found none")
+    return lines

@@ -1,0 +1,77 @@
+"""`export`: a base model and an adapter in, an ONNX folder with no trace of the adapter out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loracle.files import Checkpoint, MergedWeights, copy_sidecars, output_folder, read_adapter
+from loracle.reference import ConfigError
+
+from .architecture import check_supported
+from .template import GraphTemplate, cached
+from .write import Progress, write_model
+
+DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+
+
+@dataclass(frozen=True)
+class ExportSummary:
+    """What `export` wrote: the folder, its model's bytes, the tensors that were merged."""
+
+    out_dir: Path
+    dtype: str
+    bytes: int
+    nodes: int
+    tensors: int
+    merged: tuple[str, ...]
+
+
+def graph_template(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> GraphTemplate:
+    """The weightless graph of `checkpoint`'s architecture, from the cache or freshly traced."""
+
+    def make() -> GraphTemplate:
+        from .trace import trace  # torch and transformers are needed only where the cache has nothing
+
+        return trace(checkpoint.dir, dtype)
+
+    return cached(checkpoint.config, dtype, make)
+
+
+def export(
+    model_dir: str | Path,
+    out_dir: str | Path,
+    adapter_dir: str | Path | None = None,
+    *,
+    dtype: str = "fp32",
+    progress: Progress | None = None,
+) -> ExportSummary:
+    """Write `W0 + scaling * B @ A`, each entry rounded once to `dtype`, as an ONNX decoder with KV cache.
+
+    Args:
+        model_dir: transformers folder of the base model (safetensors).
+        out_dir: folder to make; must not exist, or be empty. It appears whole or not at all.
+        adapter_dir: PEFT adapter folder, or None for the base model itself.
+        dtype: "fp32" or "fp16", the type of weights, cache and logits.
+        progress: called with (bytes written, bytes in all).
+
+    Raises:
+        LoracleError: what is wrong with the input, in one line; nothing is written then.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
+    with Checkpoint(model_dir) as checkpoint:
+        adapter = None if adapter_dir is None else read_adapter(adapter_dir)
+        weights = MergedWeights(checkpoint, adapter)
+        check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
+        with output_folder(out_dir) as folder:
+            template = graph_template(checkpoint, DTYPES[dtype])
+            nodes = len(list(template.model.graph))
+            size = write_model(template, weights, folder, progress)
+            copy_sidecars(checkpoint.dir, folder)
+        return ExportSummary(
+            Path(out_dir), dtype, size, nodes, len(template.aliases), tuple(weights.merged_names)
+        )

@@ -1,0 +1,28 @@
+"""The names of files, inputs and outputs of an exported decoder: Optimum's, which onnxruntime-genai and
+transformers.js accept as well."""
+
+from __future__ import annotations
+
+GRAPH_FILE = "model.onnx"
+DATA_FILE = "model.onnx_data"
+
+INPUT_IDS = "input_ids"
+ATTENTION_MASK = "attention_mask"
+POSITION_IDS = "position_ids"
+LOGITS = "logits"
+
+BATCH = "batch_size"
+SEQUENCE = "sequence_length"
+TOTAL_SEQUENCE = "total_sequence_length"
+PAST_SEQUENCE = "past_sequence_length"
+PRESENT_SEQUENCE = "present_sequence_length"
+
+
+def past_names(layers: int) -> list[str]:
+    """`past_key_values.N.key`, `past_key_values.N.value` for N in 0..layers-1, in graph order."""
+    return [f"past_key_values.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def present_names(layers: int) -> list[str]:
+    """`present.N.key`, `present.N.value` for N in 0..layers-1, in graph order."""
+    return [f"present.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]

@@ -1,0 +1,127 @@
+"""Whether onnxruntime's logits and greedy tokens are those of the unmerged model, within its rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loracle.files import Adapter
+from loracle.reference import unit_roundoff
+
+from .candidate import Candidate
+from .generate import greedy
+from .report import Check
+from .session import DecoderSession, open_session
+
+
+@dataclass(frozen=True)
+class OutputsResult:
+    """The two checks, the largest error of a logit and the tolerance it was held to."""
+
+    checks: tuple[Check, Check]
+    error: float
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One prompt answered by onnxruntime: all tokens, and the logits (n, vocabulary) that follow each but
+    the last."""
+
+    ids: tuple[int, ...]
+    prompt_length: int
+    logits: np.ndarray[Any, Any]
+
+
+def generate_with_logits(session: DecoderSession, prompt: Sequence[int], new_tokens: int) -> Generated:
+    """Greedy tokens after `prompt`, through prefill and then one cached step a token."""
+    tokens, rows = [], []
+    for token, logits in greedy(session, prompt, new_tokens):
+        tokens.append(token)
+        rows.append(logits.astype(np.float64))
+    return Generated((*prompt, *tokens), len(prompt), np.concatenate(rows))
+
+
+def first_token_difference(
+    generated: Generated, truth: np.ndarray[Any, Any], tolerance: float
+) -> tuple[int, float, bool] | None:
+    """The first generated token that is not the most likely one by `truth` (n, vocabulary).
+
+    Returns:
+        None where there is none; else (its position, by how much the truth prefers another token, whether
+        an error of `tolerance` in both logits explains that). Logits after it belong to another text.
+    """
+    for position in range(generated.prompt_length, len(generated.ids)):
+        row = truth[position - 1]
+        token = generated.ids[position]
+        if int(row.argmax()) != token:
+            margin = float(row.max() - row[token])
+            return position, margin, margin <= 2 * tolerance
+    return None
+
+
+def check_outputs(
+    candidate: Candidate,
+    model_dir: str | Path,
+    adapter: Adapter | None,
+    prompts: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+) -> OutputsResult:
+    """Run every prompt through onnxruntime and through the float64 model, and compare."""
+    from .truth import evaluate, float64_model
+
+    session = open_session(candidate.folder)
+    runs = [
+        generate_with_logits(DecoderSession(session, len(prompt) + new_tokens), prompt, new_tokens)
+        for prompt in prompts
+    ]
+    del session
+    model = float64_model(model_dir, adapter)
+    roundoff = unit_roundoff(candidate.dtype)
+    error = tolerance = worst = 0.0
+    outside: list[str] = []
+    tokens: list[str] = []
+    unexplained: list[str] = []
+    for number, run in enumerate(runs, 1):
+        truth = evaluate(model, run.ids[:-1], roundoff)
+        gap = np.abs(run.logits - truth.logits)
+        largest = float(gap.max())
+        if not largest <= truth.tolerance:  # NaN is outside too
+            position = int(np.unravel_index(int(np.argmax(np.nan_to_num(gap, nan=np.inf))), gap.shape)[0])
+            outside.append(
+                f"prompt {number}, position {position}: error {largest:.3g}, tolerance {truth.tolerance:.3g}"
+            )
+        ratio = largest / truth.tolerance
+        if not ratio < worst:
+            worst, error, tolerance = ratio, largest, truth.tolerance
+        difference = first_token_difference(run, truth.logits, truth.tolerance)
+        if difference is not None:
+            where, margin, explained = difference
+            line = f"prompt {number}, token {where - run.prompt_length}: margin {margin:.3g}"
+            (tokens if explained else unexplained).append(line)
+    positions = sum(len(run.logits) for run in runs)
+    count = sum(len(run.ids) - run.prompt_length for run in runs)
+    explained_figure = f"; ties within the bound: {'; '.join(tokens)}" if tokens else ""
+    return OutputsResult(
+        (
+            Check(
+                "logits lie inside the derived bound",
+                not outside,
+                f"largest error {error:.2g} of {tolerance:.2g} allowed, {positions} positions",
+                tuple(outside),
+            ),
+            Check(
+                "greedy tokens agree",
+                not unexplained,
+                f"{count} tokens, {len(prompts)} prompts{explained_figure}",
+                tuple(unexplained),
+            ),
+        ),
+        error,
+        tolerance,
+    )

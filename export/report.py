@@ -1,0 +1,47 @@
+"""What `verify` found: a check a row, each with the figure it stands on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question and its answer: `figure` is what was measured, `failures` name what is wrong."""
+
+    name: str
+    passed: bool
+    figure: str
+    failures: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks of one candidate against one base model and adapter."""
+
+    candidate: str
+    model: str
+    adapter: str | None
+    checks: tuple[Check, ...]
+    error: float | None = None
+    tolerance: float | None = None
+
+    @property
+    def passed(self) -> bool:
+        return all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain object for `--json`: format version, inputs, checks, verdict."""
+        return {
+            "format": 1,
+            "candidate": self.candidate,
+            "model": self.model,
+            "adapter": self.adapter,
+            "passed": self.passed,
+            "logits": {"largest_error": self.error, "tolerance": self.tolerance},
+            "checks": [
+                {"name": c.name, "passed": c.passed, "figure": c.figure, "failures": list(c.failures)}
+                for c in self.checks
+            ],
+        }

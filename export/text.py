@@ -1,0 +1,128 @@
+"""Text to tokens and back beside an exported model: tokenizer.json, the chat template, the end tokens.
+
+Needs the tokenizers and jinja2 packages; neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from loracle.reference import ConfigError, FileError
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        loaded = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise FileError(f"{path}: expected a readable JSON object: {error}") from error
+    if not isinstance(loaded, dict):
+        raise FileError(f"{path}: expected a JSON object, got {type(loaded).__name__}")
+    return loaded
+
+
+class TextModel:
+    """The tokenizer files of a model folder."""
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise FileError(f"{path}: expected a fast tokenizer's file, found none")
+        self.tokenizer = Tokenizer.from_file(str(path))
+        config_path = folder / "tokenizer_config.json"
+        self._config = _json(config_path) if config_path.is_file() else {}
+        template_path = folder / "chat_template.jinja"
+        template = (
+            template_path.read_text(encoding="utf-8")
+            if template_path.is_file()
+            else self._config.get("chat_template")
+        )
+        self._template: str | None = template if isinstance(template, str) else None
+        self.stop = _stop_tokens(folder)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt that asks for the assistant's next turn, as `apply_chat_template` renders it.
+
+        Raises ConfigError where the folder has no chat template or the template refuses the messages.
+        """
+        if self._template is None:
+            raise ConfigError(
+                "chat template: expected chat_template.jinja or one in tokenizer_config.json, found none"
+            )
+
+        def raise_exception(message: str) -> None:
+            raise TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(
+            value, ensure_ascii=False, **options
+        )
+        environment.globals["raise_exception"] = raise_exception
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        special = {
+            key: value["content"] if isinstance(value, dict) else value
+            for key, value in self._config.items()
+            if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value is not None
+        }
+        try:
+            return environment.from_string(self._template).render(
+                messages=list(messages), add_generation_prompt=True, **special
+            )
+        except TemplateError as error:
+            raise ConfigError(f"chat template: it refuses the messages: {error}") from error
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encode_prompt(self, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
+        """Tokens of `prompt` as a user's turn, or as it stands where `raw` or there is no template."""
+        if raw or not self.has_chat_template:
+            return self.encode(prompt if system is None else f"{system}\n{prompt}")
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        return self.encode(
+            self.chat([*messages, {"role": "user", "content": prompt}]), add_special_tokens=False
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids` without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """The pieces of text as tokens arrive; a character split over tokens waits until it is whole."""
+        seen: list[int] = []
+        printed = ""
+        for token in ids:
+            seen.append(token)
+            text = self.decode(seen)
+            if not text.endswith("�"):
+                yield text[len(printed) :]
+                printed = text
+        rest = self.decode(seen)
+        if len(rest) > len(printed):
+            yield rest[len(printed) :]
+
+
+def _stop_tokens(folder: Path) -> frozenset[int]:
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        found = _json(path).get("eos_token_id") if path.is_file() else None
+        if isinstance(found, int):
+            return frozenset({found})
+        if isinstance(found, list):
+            return frozenset(int(token) for token in found)
+    return frozenset()

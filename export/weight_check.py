@@ -1,0 +1,95 @@
+"""Whether every weight of a candidate is bit for bit the correctly rounded merge."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .write import Progress, WeightSource
+
+_BLOCK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class TensorDifference:
+    """One tensor that is not what it should be: `entries` of `total` differ, the first at `index`."""
+
+    name: str
+    entries: int
+    total: int
+    index: tuple[int, ...]
+    expected: float
+    got: float
+    note: str
+
+    def __str__(self) -> str:
+        where = ",".join(map(str, self.index))
+        return (
+            f"{self.name}: {self.entries} of {self.total} entries differ, first [{where}]: "
+            f"expected {self.expected!r}, got {self.got!r}{self.note}"
+        )
+
+
+def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    return np.ascontiguousarray(array).reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))
+
+
+def compare_tensor(
+    name: str,
+    got: np.ndarray[Any, Any],
+    expected: np.ndarray[Any, Any],
+    base: Callable[[], np.ndarray[Any, Any]] | None = None,
+) -> TensorDifference | None:
+    """None where the bits agree. `base`, for a merged tensor, gives the tensor without the adapter: a
+    candidate equal to it says that nothing was merged."""
+    ours, theirs = _bits(got), _bits(expected)
+    step = _BLOCK_BYTES // ours.dtype.itemsize
+    entries, first = 0, -1
+    for start in range(0, ours.size, step):
+        unequal = ours[start : start + step] != theirs[start : start + step]
+        count = int(np.count_nonzero(unequal))
+        if count and first < 0:
+            first = start + int(unequal.argmax())
+        entries += count
+    if entries == 0:
+        return None
+    index = tuple(int(i) for i in np.unravel_index(first, expected.shape))
+    note = ""
+    if base is not None and np.array_equal(ours, _bits(base())):
+        note = "; the tensor equals the base model's: the adapter was not merged into it"
+    return TensorDifference(
+        name, entries, expected.size, index, float(expected[index]), float(got[index]), note
+    )
+
+
+def compare_tensors(
+    candidate: Callable[[str], np.ndarray[Any, Any]],
+    names: Iterable[tuple[str, str]],
+    source: WeightSource,
+    merged: frozenset[str],
+    dtype: np.dtype[Any] | None,
+    base: WeightSource,
+    progress: Progress | None = None,
+) -> list[TensorDifference]:
+    """Compare tensor after tensor, holding one at a time.
+
+    Args:
+        candidate: name in the candidate -> its tensor.
+        names: (name in the candidate, name in the checkpoint).
+        source: the merged weights; `base`: the weights without the adapter.
+        merged: the checkpoint names that the adapter touches.
+        dtype: the candidate's dtype; None for each tensor's own.
+    """
+    pairs = list(names)
+    found = []
+    for done, (name, held) in enumerate(pairs, 1):
+        without = (lambda held=held: base.tensor(held, dtype)) if held in merged else None
+        difference = compare_tensor(name, candidate(name), source.tensor(held, dtype), without)
+        if difference is not None:
+            found.append(difference)
+        if progress is not None:
+            progress(done, len(pairs))
+    return found
