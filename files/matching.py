@@ -1,0 +1,82 @@
+"""Which modules a LoRA configuration speaks of: PEFT's rules on dotted paths, as functions of strings.
+
+Source: PEFT 0.21, ``tuners_utils.check_target_module_exists`` and ``utils.other.get_pattern_key``.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from loracle.reference import ConfigError
+
+ALL_LINEAR = "all-linear"
+"""The word that stands for every linear layer but the output layer; it needs a model to mean anything."""
+
+T = TypeVar("T")
+
+
+def matches(path: str, modules: Sequence[str] | str | None) -> bool:
+    """Tell whether the module at ``path`` is named by ``modules``.
+
+    A list names a module exactly or by its last components (``q_proj`` names
+    ``model.layers.0.self_attn.q_proj``); a string is a regular expression that must match the whole path;
+    None and the empty list name nothing.
+
+    Raises:
+        ConfigError: the regular expression is malformed.
+    """
+    if not modules:
+        return False
+    if isinstance(modules, str):
+        return _compile(modules).fullmatch(path) is not None
+    return any(path == name or path.endswith(f".{name}") for name in modules)
+
+
+def layer_selected(
+    path: str, layers: Sequence[int] | int | None, layers_pattern: Sequence[str] | str | None = None
+) -> bool:
+    """Tell whether ``path`` lies in one of the numbered ``layers``; None or an empty list select every layer.
+
+    The number is the first one after a component named in ``layers_pattern`` (regular expressions), or
+    without a pattern the first component that is a number with two components before it.
+
+    Raises:
+        ConfigError: a pattern is malformed.
+    """
+    if layers is None or (not isinstance(layers, int) and len(layers) == 0):
+        return True
+    if not layers_pattern:
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
+    else:
+        patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
+        hits = (_compile(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.").match(path) for pattern in patterns)
+        found = next((hit for hit in hits if hit is not None), None)
+    if found is None or found["idx"] is None:  # an alternation in a pattern may match without a number
+        return False
+    index = int(found["idx"])
+    return index == layers if isinstance(layers, int) else index in layers
+
+
+def pattern_value(path: str, pattern: Mapping[str, T], default: T) -> T:
+    """Return the value of the first key of ``pattern`` that matches the end of ``path``, else ``default``.
+
+    A key is a regular expression for one or more whole trailing components: ``(.*\\.)?(key)$``. The order of
+    the mapping counts. A key equal to the path counts too, after all others, even where it is no expression
+    for it.
+
+    Raises:
+        ConfigError: a key is not a regular expression.
+    """
+    for key, value in pattern.items():
+        if _compile(rf"(.*\.)?({key})$").match(path):
+            return value
+    return pattern.get(path, default)
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ConfigError(
+            f"module pattern {pattern!r}: not a regular expression ({error}); correct the adapter's config"
+        ) from None
