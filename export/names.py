@@ -1,5 +1,6 @@
 """The names of files, inputs and outputs of an exported decoder: Optimum's, which onnxruntime-genai and
-transformers.js accept as well."""
+transformers.js accept as well. There is no `position_ids`: the attention operator counts positions from
+`attention_mask` (padding on the right), and an input that changed nothing would mislead."""
 
 from __future__ import annotations
 
@@ -8,7 +9,6 @@ DATA_FILE = "model.onnx_data"
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
-POSITION_IDS = "position_ids"
 LOGITS = "logits"
 
 BATCH = "batch_size"

@@ -14,7 +14,7 @@ import onnxruntime
 
 from loracle.reference import ConfigError, FileError, ShapeError
 
-from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS, POSITION_IDS, past_names, present_names
+from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS, past_names, present_names
 
 _DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
 
@@ -79,7 +79,6 @@ class DecoderSession:
         self.length = 0
         self.dtype = _DTYPES[first.type]
         self.vocabulary = int(outputs[LOGITS].shape[-1])
-        self._takes_positions = POSITION_IDS in inputs
         self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
         shape = (1, int(first.shape[1]), capacity, int(first.shape[3]))
         self._binding = session.io_binding()
@@ -121,8 +120,6 @@ class DecoderSession:
         tokens = np.ascontiguousarray(ids, np.int64)[None]
         binding.bind_cpu_input(INPUT_IDS, tokens)
         binding.bind_cpu_input(ATTENTION_MASK, np.ascontiguousarray(self._mask[:, :end]))
-        if self._takes_positions:
-            binding.bind_cpu_input(POSITION_IDS, np.arange(self.length, end, dtype=np.int64)[None])
         logits = self._one
         if count > 1:
             logits = onnxruntime.OrtValue.ortvalue_from_numpy(

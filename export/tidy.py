@@ -12,7 +12,6 @@ from .names import (
     INPUT_IDS,
     LOGITS,
     PAST_SEQUENCE,
-    POSITION_IDS,
     PRESENT_SEQUENCE,
     SEQUENCE,
     TOTAL_SEQUENCE,
@@ -59,7 +58,6 @@ def name_dimensions(model: ir.Model, layers: int, kv_heads: int, width: int) -> 
     shapes: dict[str, list[int | str]] = {
         INPUT_IDS: [BATCH, SEQUENCE],
         ATTENTION_MASK: [BATCH, TOTAL_SEQUENCE],
-        POSITION_IDS: [BATCH, SEQUENCE],
     }
     shapes |= {name: [BATCH, kv_heads, PAST_SEQUENCE, width] for name in past_names(layers)}
     shapes |= {name: [BATCH, kv_heads, PRESENT_SEQUENCE, width] for name in present_names(layers)}

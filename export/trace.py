@@ -16,7 +16,7 @@ from torch import nn
 
 from loracle.reference import ConfigError, TargetError
 
-from .names import ATTENTION_MASK, INPUT_IDS, LOGITS, POSITION_IDS, past_names, present_names
+from .names import ATTENTION_MASK, INPUT_IDS, LOGITS, past_names, present_names
 from .operators import FusedCache, fuse_modules, rotary_inside_attention, tracing_with
 from .template import GraphTemplate
 from .tidy import name_dimensions, tidy
@@ -40,7 +40,6 @@ class _Decoder(nn.Module):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
-        position_ids: torch.Tensor,
         past: list[torch.Tensor],
     ) -> list[torch.Tensor]:
         last_position = (attention_mask.sum(1, dtype=torch.int64) - 1).to(torch.int32)
@@ -48,9 +47,7 @@ class _Decoder(nn.Module):
         total_length = torch.full((1,), total, dtype=torch.int32)
         cache = FusedCache(past, last_position, total_length, self.cos_cache, self.sin_cache)  # type: ignore[arg-type]
         with tracing_with(cache):
-            out = self.model(
-                input_ids=input_ids, position_ids=position_ids, past_key_values=cache, use_cache=True
-            )
+            out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
         return [out.logits] + [t for layer in range(len(past) // 2) for t in cache.present[layer]]
 
 
@@ -112,7 +109,6 @@ def trace(model_dir: Path, dtype: np.dtype[Any]) -> GraphTemplate:
     args = (
         torch.ones(batch, length, dtype=torch.int64),
         torch.ones(batch, past_length + length, dtype=torch.int64),
-        torch.arange(length).repeat(batch, 1),
         past,
     )
     dynamic = torch.export.Dim.DYNAMIC
@@ -123,8 +119,8 @@ def trace(model_dir: Path, dtype: np.dtype[Any]) -> GraphTemplate:
             args,
             dynamo=True,
             opset_version=OPSET,
-            dynamic_shapes=(ids, ids, ids, [{0: dynamic, 2: dynamic}] * (2 * layers)),
-            input_names=[INPUT_IDS, ATTENTION_MASK, POSITION_IDS, *past_names(layers)],
+            dynamic_shapes=(ids, ids, [{0: dynamic, 2: dynamic}] * (2 * layers)),
+            input_names=[INPUT_IDS, ATTENTION_MASK, *past_names(layers)],
             output_names=[LOGITS, *present_names(layers)],
             optimize=False,
             verbose=False,

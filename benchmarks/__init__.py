@@ -1,0 +1,1 @@
+"""Side-by-side measurements. Each module is a command; none is a timed test."""

@@ -1,0 +1,5 @@
+"""`python -m loracle.cli`."""
+
+from . import main
+
+main()
