@@ -17,9 +17,9 @@ PEFT_TYPE = "LORA"
 class LoraConfig:
     """What one LoRA adapter is: ranks, scalings and the modules it belongs to.
 
-    Names, defaults and meaning are those of PEFT's ``LoraConfig``. Lists become tuples. ``rank_pattern``
-    and ``alpha_pattern`` map a regular expression for the end of a module path to a value; the first match
-    counts.
+    Names, defaults and meaning are those of PEFT's ``LoraConfig``. Module names are a set, kept as a
+    sorted tuple. ``rank_pattern`` and ``alpha_pattern`` map a regular expression for the end of a module path
+    to a value; the first match counts.
 
     Raises:
         ConfigError: a value has the wrong type or range, or switches on a variant of LoRA without support.
@@ -142,7 +142,7 @@ class LoraConfig:
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, tuple):
-                value = sorted(set(value))
+                value = list(value)
             elif isinstance(value, Mapping):
                 value = dict(value)
             result[entry.name] = value
@@ -193,7 +193,7 @@ def _names(name: str, value: object) -> tuple[str, ...] | str | None:
         return value
     if not isinstance(value, Sequence | set | frozenset) or not all(isinstance(item, str) for item in value):
         raise _wrong(name, "a list of module names or a string", value)
-    return tuple(sorted(value)) if isinstance(value, set | frozenset) else tuple(value)
+    return tuple(value) if name == "layers_pattern" else tuple(sorted(set(value)))
 
 
 def _indices(value: object) -> tuple[int, ...] | int | None:

@@ -1,0 +1,135 @@
+"""Output that is there whole or not at all.
+
+Everything is written beside its destination under a temporary name, flushed to the disk, and renamed in one
+step; whatever goes wrong before that step (an error, a full disk, Ctrl-C) removes what was written.
+"""
+
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from loracle.reference import FileError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+@contextmanager
+def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a new empty folder that becomes ``path`` when the block ends without an exception.
+
+    ``path`` may be absent or an empty folder; a symbolic link to one is followed. The folder yielded is a
+    sibling of ``path``, so that the rename stays on one file system.
+
+    Raises:
+        FileError: ``path`` exists and is not an empty folder, its parent is missing, or the file system
+            refuses a write (disk full, no permission). An OSError of the block is reported as a FileError too.
+    """
+    final = _destination(path)
+    if os.path.lexists(final):
+        _require_empty_folder(final)
+    temporary = _sibling(final)
+    with _reported(final):
+        try:
+            os.mkdir(temporary)
+            yield temporary
+            _flush_tree(temporary)
+            _rename_folder(temporary, final)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to report
+            raise
+        _flush_rename(final.parent)
+
+
+def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
+    """Write ``content`` to the file at ``path``, replacing it in one step.
+
+    Raises:
+        FileError: ``path`` is a folder, its parent is missing, or the file system refuses the write.
+    """
+    final = _destination(path)
+    if final.is_dir():
+        raise FileError(f"{final}: expected a file, got a folder; choose another name")
+    temporary = _sibling(final)
+    with _reported(final):
+        try:
+            with temporary.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, final)
+        except BaseException:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _flush_rename(final.parent)
+
+
+def _destination(path: str | os.PathLike[str]) -> Path:
+    final = Path(os.path.realpath(path))
+    if not os.path.isdir(final.parent):
+        raise FileError(
+            f"{final}: the folder {final.parent} does not exist; create it or choose another path"
+        )
+    return final
+
+
+def _require_empty_folder(final: Path) -> None:
+    try:
+        empty = final.is_dir() and not any(final.iterdir())
+    except OSError as error:
+        raise FileError(f"{final}: cannot be read ({error.strerror}); choose another --out") from None
+    if not empty:
+        raise FileError(f"{final}: exists and is not empty; choose another --out or remove it")
+
+
+def _sibling(final: Path) -> Path:
+    # a part of the name is enough to recognise it by, and keeps long names within the file system's limit
+    return final.parent / f".{final.name[:32]}.{secrets.token_hex(8)}.partial"
+
+
+def _flush_tree(folder: Path) -> None:
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _flush(Path(parent, name))
+        _flush(Path(parent))
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_rename(parent: Path) -> None:
+    with suppress(OSError):  # the output is in place; some file systems cannot flush a folder
+        _flush(parent)
+
+
+def _rename_folder(temporary: Path, final: Path) -> None:
+    try:
+        os.rename(temporary, final)  # an empty folder is replaced, anything else is refused by the system
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
+            _require_empty_folder(final)
+        raise
+
+
+@contextmanager
+def _reported(final: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise FileError(
+                f"{final}: disk full ({error.strerror}); free some space, nothing was written"
+            ) from None
+        where = f" {error.filename}" if error.filename else ""
+        raise FileError(
+            f"{final}: cannot be written ({error.strerror or error}{where}); nothing was written"
+        ) from None
