@@ -4,15 +4,22 @@ from .adapter import Adapter, LoraPair, read_adapter, write_adapter, write_adapt
 from .atomic import output_folder, write_atomic
 from .checkpoint import Checkpoint
 from .config import LoraConfig
+from .merged_checkpoint import MergedCheckpoint, write_merged_checkpoint
+from .sidecar import copy_sidecars
+from .weights import MergedWeights
 
 __all__ = [
     "Adapter",
     "Checkpoint",
     "LoraConfig",
     "LoraPair",
+    "MergedCheckpoint",
+    "MergedWeights",
+    "copy_sidecars",
     "output_folder",
     "read_adapter",
     "write_adapter",
     "write_adapter_files",
     "write_atomic",
+    "write_merged_checkpoint",
 ]

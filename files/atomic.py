@@ -26,7 +26,7 @@ def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         FileError: ``path`` exists and is not an empty folder, its parent is missing, or the file system
-            refuses a write (disk full, no permission). An OSError of the block is reported as a FileError too.
+            refuses a write (disk full, no permission). An OSError of the block is reported alike.
     """
     final = _destination(path)
     if os.path.lexists(final):

@@ -1,4 +1,4 @@
-"""A model folder in Hugging Face's layout: ``config.json`` and one or more safetensors files, mapped into memory."""
+"""A model folder in Hugging Face's layout: ``config.json`` and safetensors files, mapped into memory."""
 
 import math
 import os
@@ -54,9 +54,8 @@ class Checkpoint:
         for file in self._files.values():
             for name in file.entries:
                 if name in self._home:
-                    raise FileError(
-                        f"{file.path}: {name} is in {self._home[name].path.name} too; save the checkpoint again"
-                    )
+                    other = self._home[name].path.name
+                    raise FileError(f"{file.path}: {name} is in {other} too; save the checkpoint again")
                 self._home[name] = file
         if weight_map is not None:
             _require_same(weight_map, self._home, self.dir / INDEX_FILE)
@@ -157,9 +156,7 @@ def _require_model_folder(folder: Path) -> None:
     if SINGLE_FILE in content or INDEX_FILE in content:
         return
     if any(name.endswith(".safetensors") for name in content):
-        raise FileError(
-            f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; is the download complete, and a whole model?"
-        )
+        raise FileError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; is it a whole model?")
     if any(name.endswith((".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")) for name in content):
         raise FileError(
             f"{folder}: has no safetensors; convert it with transformers: "
@@ -176,8 +173,8 @@ def _weight_map(index: Mapping[str, Any], source: Path) -> dict[str, str]:
         plain = isinstance(shard, str) and shard.endswith(".safetensors") and not shard.startswith(".")
         if not plain or set(shard) & set("/\\\0"):
             raise FileError(
-                f"{source}: {name} is said to be in {shard!r}, expected the plain name of a safetensors file in the "
-                f"same folder; do not use this checkpoint"
+                f"{source}: {name} is said to be in {shard!r}, expected the plain name of a safetensors "
+                f"file in the same folder; do not use this checkpoint"
             )
     return weight_map
 

@@ -1,0 +1,76 @@
+"""The small files that travel with a model's weights: configuration, tokenizer, chat template."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from loracle.reference import FileError
+
+from .json_file import check_regular_file
+
+CONFIG_FILE = "config.json"
+SIDECARS: tuple[str, ...] = (
+    CONFIG_FILE,
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""Every file name that is carried along. Code (``*.py``) and pickles are not."""
+
+
+def copy_sidecars(
+    model_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, exclude: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """Copy those files of ``SIDECARS`` that ``model_dir`` has into ``out_dir``; return their names.
+
+    A symbolic link is followed within the model's folder, and into the ``blobs`` folder of the hub's cache;
+    one that leads anywhere else is refused, so that a downloaded folder cannot draw other files into the
+    output.
+
+    Raises:
+        FileError: a file is no regular file, leads out of the folder, or cannot be read.
+        OSError: ``out_dir`` cannot be written, or has the file already.
+    """
+    source, target = Path(model_dir), Path(out_dir)
+    copied = []
+    for name in SIDECARS:
+        if name in exclude or not os.path.lexists(source / name):
+            continue
+        check_regular_file(source / name)
+        _require_contained(source, name)
+        with (source / name).open("rb") as reader, (target / name).open("xb") as writer:
+            shutil.copyfileobj(reader, writer)
+        copied.append(name)
+    return tuple(copied)
+
+
+def _require_contained(folder: Path, name: str) -> None:
+    root = Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(folder / name))
+    # the hub's cache: <repository>/snapshots/<revision>/<name> links to <repository>/blobs/<hash>
+    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
+    if not real.is_relative_to(root) and (blobs is None or real.parent != blobs):
+        raise FileError(
+            f"{folder / name}: links to {real}, outside the model's folder; copy the file into it"
+        )
+
+
+def config_bytes(config: dict[str, object]) -> bytes:
+    """Return a ``config.json`` as transformers formats it."""
+    return (json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
