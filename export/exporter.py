@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from loracle.files import Checkpoint, MergedWeights, copy_sidecars, output_folder, read_adapter
+from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError
 
 from .architecture import check_supported
+from .genai_config import FILE, genai_config
 from .template import GraphTemplate, cached
 from .write import Progress, write_model
 
@@ -39,6 +42,13 @@ def graph_template(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> GraphTemplat
         return trace(checkpoint.dir, dtype)
 
     return cached(checkpoint.config, dtype, make)
+
+
+def _write_genai_config(checkpoint: Checkpoint, folder: Path) -> None:
+    path = checkpoint.dir / "generation_config.json"
+    generation = read_json_object(path) if path.is_file() else {}
+    described = genai_config(checkpoint.config, generation)
+    (folder / FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def export(
@@ -72,6 +82,7 @@ def export(
             nodes = len(list(template.model.graph))
             size = write_model(template, weights, folder, progress)
             copy_sidecars(checkpoint.dir, folder)
+            _write_genai_config(checkpoint, folder)
         return ExportSummary(
             Path(out_dir), dtype, size, nodes, len(template.aliases), tuple(weights.merged_names)
         )

@@ -9,24 +9,14 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, FileError
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FileError(f"{path}: expected a readable JSON object: {error}") from error
-    if not isinstance(loaded, dict):
-        raise FileError(f"{path}: expected a JSON object, got {type(loaded).__name__}")
-    return loaded
 
 
 class TextModel:
@@ -39,7 +29,7 @@ class TextModel:
             raise FileError(f"{path}: expected a fast tokenizer's file, found none")
         self.tokenizer = Tokenizer.from_file(str(path))
         config_path = folder / "tokenizer_config.json"
-        self._config = _json(config_path) if config_path.is_file() else {}
+        self._config = read_json_object(config_path) if config_path.is_file() else {}
         template_path = folder / "chat_template.jinja"
         template = (
             template_path.read_text(encoding="utf-8")
@@ -120,7 +110,7 @@ class TextModel:
 def _stop_tokens(folder: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         path = folder / name
-        found = _json(path).get("eos_token_id") if path.is_file() else None
+        found = read_json_object(path).get("eos_token_id") if path.is_file() else None
         if isinstance(found, int):
             return frozenset({found})
         if isinstance(found, list):
