@@ -230,6 +230,11 @@ def test_a_missing_key_is_pefts_default_and_an_empty_pattern_may_be_null() -> No
     )
 
 
+def test_module_names_are_a_set() -> None:
+    assert LoraConfig(target_modules=("v", "q", "v")) == LoraConfig(target_modules=("q", "v"))
+    assert LoraConfig(target_modules=("v", "q")).to_json()["target_modules"] == ["q", "v"]
+
+
 def test_a_configuration_is_immutable_hashable_and_independent_of_its_arguments() -> None:
     names, pattern = ["q_proj"], {"q_proj": 2}
     config = LoraConfig(target_modules=names, rank_pattern=pattern)  # type: ignore[arg-type]
