@@ -1,0 +1,65 @@
+"""The demo's result in the terminal."""
+
+from rich.table import Table
+from rich.text import Text
+
+from . import figures
+from .report import TaskReport
+
+
+def task_table(report: TaskReport) -> Table:
+    """Return one table: quality, size, proof and speed of a task, base beside tuned.
+
+    Every string is plain text to rich: brackets in a name or a figure are not markup.
+    """
+    table = Table(
+        title=Text(f"{report.task.name}: {report.task.title}"), title_justify="left", header_style="dim"
+    )
+    table.add_column("")
+    table.add_column("base", justify="right")
+    table.add_column("tuned", justify="right")
+    table.add_column("")
+    for row in _rows(report):
+        table.add_row(*(Text(cell) for cell in row))
+    table.add_section()
+    for check in report.checks:
+        verdict = Text("passed", "green") if check.passed else Text("FAILED", "bold red")
+        table.add_row(Text(check.name), Text(""), verdict, Text("; ".join([check.figure, *check.failures])))
+    return table
+
+
+def _rows(report: TaskReport) -> list[tuple[str, str, str, str]]:
+    quality = report.quality
+    rows = [
+        (
+            f"{report.task.metric} on {report.heldout_rows} held-out texts",
+            figures.score(quality.before),
+            figures.score(quality.after),
+            f"{figures.change(quality.before, quality.after)} "
+            f"{figures.interval(quality.low, quality.high, 1)}, {figures.p_value(quality.p_value)}",
+        ),
+        (
+            "parameters, trained",
+            figures.count(report.total_parameters),
+            figures.count(report.trainable_parameters),
+            f"{figures.share(report.trainable_parameters, report.total_parameters)}, "
+            f"{figures.duration(report.training_seconds)}",
+        ),
+        (
+            "bytes, adapter",
+            figures.size(report.model_bytes),
+            figures.size(report.adapter_bytes),
+            figures.share(report.adapter_bytes, report.model_bytes),
+        ),
+    ]
+    base, *others = report.speeds.items()
+    rows += [
+        (
+            f"tokens a second, {name}",
+            f"{base[1].tokens_per_second:.1f}",
+            f"{speed.tokens_per_second:.1f}",
+            f"ratio {speed.ratio:.3f} {figures.interval(speed.low, speed.high, 3)}",
+        )
+        for name, speed in others
+    ]
+    return rows
