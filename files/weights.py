@@ -75,7 +75,8 @@ class MergedWeights:
         if pair is not None:
             pair = LoraPair(pair.A, pair.B[start:stop], pair.scaling)
         base = self.checkpoint.tensor(name)[start:stop]
-        return self._compute(name, base, pair, dtype, f"{name}[{start}:{stop}]")
+        whole = base.shape[0] == self.shape(name)[0]
+        return self._compute(name, base, pair, dtype, name if whole else f"{name}[{start}:{stop}]")
 
     def _compute(
         self, name: str, base: NDArray[Any], pair: LoraPair | None, dtype: DTypeLike | None, label: str
