@@ -73,7 +73,7 @@ def clean_pair(original: str, translation: str) -> tuple[str, str] | None:
         or any(sign in source + target for sign in "<>&")
         or len(source.split()) > _MOST_WORDS
         or letters < _FEWEST_LETTERS
-        or 2 * letters < len(source)
+        or 2 * letters < len("".join(source.split()))
     ):
         return None
     return source, target

@@ -109,8 +109,8 @@ def first_examples(
         sources, references: of the held-out file, in its order.
         base, tuned: (answers, score of each) in the same order.
     """
-    rows = zip(sources, *base, *tuned, references, strict=True)
-    return tuple(Example(*row) for row, _ in zip(rows, range(EXAMPLES), strict=False))
+    rows = list(zip(sources, *base, *tuned, references, strict=True))
+    return tuple(Example(*row) for row in rows[:EXAMPLES])
 
 
 def render(report: DemoReport) -> str:

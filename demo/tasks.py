@@ -60,7 +60,9 @@ def build_tasks(
     versions = " and ".join(f"{name} {version}" for name, version in package_versions(PACKAGES).items())
     out_dir.mkdir(parents=True, exist_ok=True)
     return {
-        TRANSLATE.name: _write(out_dir, TRANSLATE, translate, f"gettext catalogs of {DJANGO}"),
+        TRANSLATE.name: _write(
+            out_dir, TRANSLATE, translate, "gettext catalogs of " + DJANGO.replace("==", " ")
+        ),
         SUMMARIZE.name: _write(out_dir, SUMMARIZE, summarize, f"docstrings of {versions}"),
     }
 
