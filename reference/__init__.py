@@ -11,6 +11,8 @@ from .errors import (
     ShapeError,
     TargetError,
 )
+from .exact import merge_exact
+from .merge import merge
 from .rounding import round_float64, round_fraction, round_to
 from .scaling import lora_scaling
 
@@ -25,6 +27,8 @@ __all__ = [
     "ShapeError",
     "TargetError",
     "lora_scaling",
+    "merge",
+    "merge_exact",
     "round_float64",
     "round_fraction",
     "round_to",

@@ -18,9 +18,11 @@ BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
 
 @dataclass(frozen=True)
 class FloatFormat:
-    """A binary format: ``precision`` significant bits (the hidden one included), normal numbers with
-    exponents ``min_exponent`` to ``max_exponent``, gradual underflow, round to nearest with ties to
-    even."""
+    """A binary format with gradual underflow.
+
+    ``precision`` counts the significant bits, the hidden one included; normal numbers are m 2^e with
+    1 <= m < 2 and e from ``min_exponent`` to ``max_exponent``.
+    """
 
     dtype: np.dtype[Any]
     precision: int
@@ -52,8 +54,7 @@ class FloatFormat:
 
     @property
     def infinity_bits(self) -> int:
-        """The bit pattern of +infinity: the exponent field all ones. A magnitude at or above it is not
-        finite."""
+        """The bit pattern of +infinity, the exponent field all ones; NaNs lie above it."""
         return ((1 << (8 * self.dtype.itemsize - self.precision)) - 1) << (self.precision - 1)
 
     @property
@@ -88,9 +89,26 @@ def float_format(dtype: DTypeLike, name: str = "dtype") -> FloatFormat:
 
 
 def nonfinite_mask(values: Array) -> NDArray[np.bool_]:
-    """Return where ``values`` (any of the four dtypes) is NaN or infinite, by its bits: no arithmetic, no
-    upcast."""
+    """Return where ``values`` (any of the four dtypes) is NaN or infinite, by its bits: no arithmetic."""
     form = float_format(values.dtype)
-    magnitude = np.bitwise_and(values.view(form.bits), form.bits.type(form.magnitude_mask))
-    mask: NDArray[np.bool_] = magnitude >= form.bits.type(form.infinity_bits)
+    mask: NDArray[np.bool_] = _magnitude_bits(values, form) >= form.bits.type(form.infinity_bits)
     return mask
+
+
+def largest_magnitude(values: Array) -> float:
+    """Return ``max |values|`` exactly, 0 for an empty array; infinite or NaN if and only if an element is."""
+    form = float_format(values.dtype)
+    return float(_magnitude_bits(values, form).max(initial=0).astype(form.bits).view(form.dtype))
+
+
+def first_nonfinite(matrix: Array) -> tuple[int, int] | None:
+    """Return the row and column of the first NaN or infinity in row-major order, or None."""
+    if math.isfinite(largest_magnitude(matrix)):
+        return None
+    i, j = np.argwhere(nonfinite_mask(matrix))[0]
+    return int(i), int(j)
+
+
+def _magnitude_bits(values: Array, form: FloatFormat) -> NDArray[Any]:
+    bits: NDArray[Any] = np.bitwise_and(values.view(form.bits), form.bits.type(form.magnitude_mask))
+    return bits

@@ -1,0 +1,104 @@
+"""Adding the low-rank update to the frozen weight, rounded once."""
+
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from .errors import NonFiniteError
+from .formats import Array, first_nonfinite
+from .merge_block import BlockMerger
+from .merge_inputs import MergeInputs, check_merge_inputs, check_out, check_threads
+from .rounding import round_to
+from .tiles import Position, Tile, first_position, tiles
+
+# A tile is the work that a thread takes at a time; a panel of A in float64 stays in the second-level cache.
+_TILE_ENTRIES = 1 << 18
+_PANEL_ENTRIES = 1 << 15
+_MAX_PANEL_COLUMNS = 1 << 12
+_ROWS_OF_B_ENTRIES = 1 << 17
+
+
+def merge(
+    W0: Array,
+    A: Array,
+    B: Array,
+    scaling: float,
+    *,
+    dtype: DTypeLike | None = None,
+    out: Array | None = None,
+    threads: int | None = None,
+    name: str = "W0",
+) -> Array:
+    """Return ``W0 + scaling * B @ A``, each entry the exact real value rounded once, ties to even.
+
+    Exact means: over the numbers given. No rounding of the product, of the sum or of ``scaling * B`` can be
+    seen in the result, which therefore depends neither on the number of threads nor on the BLAS nor on the
+    CPU.
+
+    Args:
+        W0: (out, in) frozen weight. W0, A and B may each be float16, bfloat16, float32 or float64, of any
+            strides, read-only or memory-mapped.
+        A: (r, in), the tensor ``lora_A``.
+        B: (out, r), the tensor ``lora_B``.
+        scaling: see `lora_scaling`; a float64, taken as exact.
+        dtype: what to round to, one of the same four; W0's own by default.
+        out: array (out, in) of that dtype to write to, sharing no memory with the inputs. Returned.
+        threads: how many to use; one per CPU by default, 8 at most.
+        name: what to call W0 in error messages.
+
+    Signed zeros and the ends of the range:
+        - an update of exactly zero keeps W0's number, -0.0 included (bit for bit when the dtype is W0's);
+        - a sum of exactly zero from a nonzero update is +0;
+        - an underflow rounds to a subnormal number or to zero, with the sign of the exact value;
+        - an overflow is refused.
+
+    Memory: besides the result less than 64 MiB, whatever the shape, for r up to 16,384.
+
+    Raises:
+        DTypeError, ShapeError: an argument's dtype or shape does not fit.
+        NonFiniteError: NaN or infinity in an input, or a merged number too large for the dtype.
+        ConfigError: ``threads`` below 1; ``out`` read-only or overlapping an input.
+
+    All inputs are checked before anything is written to ``out``. Only an overflow is found later: then
+    ``out`` holds a part of the result, and must not be used.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1. Ziv, "Fast evaluation of elementary mathematical functions
+    with correctly rounded last bit", ACM TOMS 17 (1991), for the way to round correctly.
+    """
+    threads = check_threads(threads)
+    inputs = check_merge_inputs(W0, A, B, scaling, dtype, name)
+    if out is None:
+        out = np.empty(inputs.W0.shape, inputs.target.dtype)
+    else:
+        check_out(out, inputs, name)
+    overflow = _write_merged(inputs, out, threads)
+    if overflow is not None:
+        raise NonFiniteError(
+            f"{name}: expected merged numbers of magnitude {inputs.target.largest:.5g} at most "
+            f"({inputs.target.dtype}), got an overflow at {list(overflow)}; merge to a wider dtype"
+        )
+    return out
+
+
+def _write_merged(inputs: MergeInputs, out: Array, threads: int) -> Position | None:
+    """Write the merged weight into ``out``; return the first position that overflows."""
+    W0, A, B = inputs.W0, inputs.A, inputs.B
+    shape, r = (W0.shape[0], W0.shape[1]), A.shape[0]
+    if inputs.update_is_zero:
+        work = tiles(shape, _TILE_ENTRIES, _TILE_ENTRIES)
+        return first_position(work, threads, lambda: partial(_write_rounded, W0, out))
+    columns = min(_MAX_PANEL_COLUMNS, max(_PANEL_ENTRIES // r // 16, 1) * 16)
+    work = tiles(shape, min(_TILE_ENTRIES, columns * max(1, _ROWS_OF_B_ENTRIES // r)), columns)
+
+    def make_worker() -> Callable[[Tile], Position | None]:
+        merger = BlockMerger(A, B, inputs.scaling, inputs.target)
+        return lambda tile: merger.merge(W0, tile, out)
+
+    return first_position(work, threads, make_worker)
+
+
+def _write_rounded(W0: Array, out: Array, tile: Tile) -> Position | None:
+    out[tile] = round_to(W0[tile], out.dtype)
+    return first_nonfinite(out[tile])
