@@ -97,8 +97,8 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, t
     paths = tuple(path for path in modules if path and config.targets(path))
     if not paths:
         raise TargetError(
-            f"target_modules: expected the name of a linear layer, got {_shown(config.target_modules)}, which "
-            f"no module matches; candidates: {_candidates(modules) or 'none, there is no linear layer'}"
+            f"target_modules: expected the name of a linear layer, got {_shown(config.target_modules)}, "
+            f"which no module matches; candidates: {_candidates(modules) or 'none, no layer is linear'}"
         )
     _check_each(paths, modules)
     return config, paths
