@@ -30,7 +30,7 @@ class ExportSummary:
     bytes: int
     nodes: int
     tensors: int
-    merged: tuple[str, ...]
+    merged_names: tuple[str, ...]
 
 
 def graph_template(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> GraphTemplate:

@@ -73,7 +73,7 @@ def check_outputs(
     new_tokens: int,
 ) -> OutputsResult:
     """Run every prompt through onnxruntime and through the float64 model, and compare."""
-    from .truth import evaluate, float64_model
+    from .truth import Float64Model
 
     session = open_session(candidate.folder)
     runs = [
@@ -81,14 +81,14 @@ def check_outputs(
         for prompt in prompts
     ]
     del session
-    model = float64_model(model_dir, adapter)
-    roundoff = unit_roundoff(candidate.dtype)
+    truths = Float64Model(model_dir, adapter).evaluate(
+        [run.ids[:-1] for run in runs], unit_roundoff(candidate.dtype)
+    )
     error = tolerance = worst = 0.0
     outside: list[str] = []
     tokens: list[str] = []
     unexplained: list[str] = []
-    for number, run in enumerate(runs, 1):
-        truth = evaluate(model, run.ids[:-1], roundoff)
+    for number, (run, truth) in enumerate(zip(runs, truths, strict=True), 1):
         gap = np.abs(run.logits - truth.logits)
         largest = float(gap.max())
         if not largest <= truth.tolerance:  # NaN is outside too

@@ -89,9 +89,7 @@ class DecoderSession:
             self._binding.bind_ortvalue_output(present, buffer)
             self._cache.append(buffer)
         self._mask = np.ones((1, capacity), np.int64)
-        self._one = onnxruntime.OrtValue.ortvalue_from_numpy(
-            np.zeros((1, 1, self.vocabulary), self.dtype), "cpu", 0
-        )
+        self._one = np.empty((1, 1, self.vocabulary), self.dtype)
 
     def reset(self) -> None:
         """Forget the sequence; the buffers stay."""
@@ -104,7 +102,7 @@ class DecoderSession:
             ids: (n,) integers, the tokens that follow those already given.
 
         Returns:
-            logits (n, vocabulary) in the model's dtype, valid until the next call.
+            logits (n, vocabulary) in the model's dtype; the next call of one token may overwrite them.
 
         Raises:
             ShapeError: no token, or more than the capacity has room for.
@@ -120,13 +118,9 @@ class DecoderSession:
         tokens = np.ascontiguousarray(ids, np.int64)[None]
         binding.bind_cpu_input(INPUT_IDS, tokens)
         binding.bind_cpu_input(ATTENTION_MASK, np.ascontiguousarray(self._mask[:, :end]))
-        logits = self._one
-        if count > 1:
-            logits = onnxruntime.OrtValue.ortvalue_from_numpy(
-                np.zeros((1, count, self.vocabulary), self.dtype), "cpu", 0
-            )
-        binding.bind_ortvalue_output(LOGITS, logits)
+        logits = self._one if count == 1 else np.empty((1, count, self.vocabulary), self.dtype)
+        # NumPy owns the buffer: an array taken from an OrtValue would not keep its memory alive.
+        binding.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
         self.session.run_with_iobinding(binding)
         self.length = end
-        result: np.ndarray[Any, Any] = logits.numpy()[0]
-        return result
+        return logits[0]

@@ -8,51 +8,64 @@ factor, is the tolerance for a model evaluated in that precision.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
 
 from loracle.files import Adapter
 from loracle.reference import ConfigError, product_noise
 from loracle.torch_impl import LoraLinear, load_adapter
 
-_ATTENTION = "loracle_float64"
-
 #: The tolerance is this many times the largest deviation sampled: the sampled maximum of a few draws lies
 #: below the maximum over all draws, and roundings outside the matrix products are not sampled.
 FACTOR = 4.0
 SAMPLES = 4
 
+_ATTENTION = "loracle_float64"
 
-@dataclass
-class _Noise:
-    """What the attention function and the hooks below add to the products' outputs; None adds nothing."""
 
-    roundoff: float | None = None
-    generator: torch.Generator = field(default_factory=torch.Generator)
+class RoundingNoise:
+    """Noise at the outputs of a model's matrix products, in the order in which they are computed.
 
-    def add(self, y: torch.Tensor, length: int, energy: torch.Tensor) -> torch.Tensor:
-        if self.roundoff is None:
+    While *measuring*, each product's standard deviation is recorded and nothing is added; while *drawing*,
+    normal noise of the recorded deviations is added; otherwise products pass.
+    """
+
+    def __init__(self) -> None:
+        self._roundoff = 0.0
+        self._deviations: list[torch.Tensor] | None = None
+        self._next: int | None = None
+        self._generator = torch.Generator()
+
+    def measure(self, roundoff: float) -> None:
+        """Record from now on, for unit roundoff `roundoff`."""
+        self._roundoff, self._deviations, self._next = roundoff, [], None
+
+    def draw(self, seed: int) -> None:
+        """Add noise from now on, from the first product again."""
+        self._generator.manual_seed(seed)
+        self._next = 0
+
+    def apply(self, y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        """`y`, the product `x @ w^T` of x (..., n, k) and w (..., m, k), with what is due added."""
+        if self._deviations is None:
             return y
-        scale = torch.from_numpy(np.asarray(product_noise(length, self.roundoff, energy.numpy())))
-        # The result is stored in the precision under test: half an ulp, evenly spread.
-        stored = y.abs() * (self.roundoff / 3**0.5)
-        deviation = torch.sqrt(scale**2 + stored**2)
-        return y + deviation * torch.randn(y.shape, generator=self.generator, dtype=y.dtype)
-
-
-_noise = _Noise()
-
-
-def _energy(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-    """`||x * w||_2` for each output of `x @ w^T`: x (..., n, k), w (..., m, k)."""
-    return torch.sqrt((x * x) @ (w * w).transpose(-1, -2))
+        if self._next is None:
+            energy = torch.sqrt((x * x) @ (w * w).transpose(-1, -2))  # ||x * w||_2 of each output
+            noise = torch.from_numpy(np.asarray(product_noise(x.shape[-1], self._roundoff, energy.numpy())))
+            # Storing the result rounds it once more: half an ulp at most, evenly spread.
+            stored = y.abs() * (self._roundoff / 3**0.5)
+            self._deviations.append(torch.sqrt(noise * noise + stored * stored))
+            return y
+        deviation = self._deviations[self._next]
+        self._next += 1
+        return y + deviation * torch.randn(y.shape, generator=self._generator, dtype=y.dtype)
 
 
 def _attention(
@@ -65,18 +78,15 @@ def _attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Softmax attention wholly in float64 (transformers' own computes the softmax in float32)."""
+    noise: RoundingNoise = module.rounding_noise  # type: ignore[assignment]
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    width, length = query.shape[-1], key.shape[-2]
-    scores = query @ key.transpose(-1, -2)
-    scores = _noise.add(scores, width, _energy(query, key) if _noise.roundoff else scores)
-    scores = scores * (width**-0.5 if scaling is None else scaling)
+    scores = noise.apply(query @ key.transpose(-1, -2), query, key)
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if attention_mask is not None:
         scores = scores + attention_mask[..., : key.shape[-2]]
     weights = torch.softmax(scores, -1)
-    columns = value.transpose(-1, -2)
-    y = weights @ value
-    y = _noise.add(y, length, _energy(weights, columns) if _noise.roundoff else y)
+    y = noise.apply(weights @ value, weights, value.transpose(-1, -2))
     return y.transpose(1, 2).contiguous(), None
 
 
@@ -92,42 +102,9 @@ class _RMSNorm(nn.Module):
         return self.weight * (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps))
 
 
-def float64_model(model_dir: str | Path, adapter: Adapter | None) -> Any:
-    """The transformers model of `model_dir` with `adapter` beside its weights, unmerged, in float64."""
-    AttentionInterface.register(_ATTENTION, _attention)
-    AttentionMaskInterface.register(_ATTENTION, eager_mask)
-    model = AutoModelForCausalLM.from_pretrained(
-        model_dir, dtype=torch.float64, attn_implementation=_ATTENTION, local_files_only=True
-    )
-    if adapter is not None:
-        load_adapter(model, adapter)
-    model.double().eval()
-    for name, module in list(model.named_modules()):
-        if type(module).__name__.endswith("RMSNorm"):
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, _RMSNorm(module.weight, module.variance_epsilon))
-    inside = {id(module.base_layer) for module in model.modules() if isinstance(module, LoraLinear)}
-    for module in model.modules():
-        # An adapted layer is one product, of the merged weight, in the model that is judged.
-        if isinstance(module, (LoraLinear, nn.Linear)) and id(module) not in inside:
-            module.register_forward_hook(_add_noise)
-    return model
-
-
-def _add_noise(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-    if _noise.roundoff is None:
-        return output
-    x = inputs[0]
-    if isinstance(module, LoraLinear):
-        weight = module.base_layer.weight + module.scaling * (module.lora_B @ module.lora_A)
-    else:
-        weight = module.weight  # type: ignore[assignment]
-    return _noise.add(output, x.shape[-1], _energy(x, weight))
-
-
 @dataclass(frozen=True)
 class Truth:
-    """Float64 logits of the unmerged model (n, vocabulary), and how far rounding may move them."""
+    """Float64 logits of the unmerged model (n, vocabulary), and how far rounding was seen to move them."""
 
     logits: np.ndarray[Any, Any]
     deviation: float
@@ -137,26 +114,72 @@ class Truth:
         return FACTOR * self.deviation
 
 
-@torch.no_grad()
-def evaluate(
-    model: Any, ids: Sequence[int], roundoff: float, *, samples: int = SAMPLES, seed: int = 0
-) -> Truth:
-    """Logits of `float64_model` for one sequence, and the largest deviation that sampled rounding of unit
-    roundoff `roundoff` causes anywhere in them.
+class Float64Model:
+    """The transformers model of `model_dir` with `adapter` beside its weights, unmerged, in float64.
 
-    Raises ConfigError for fewer than one sample.
+    Args:
+        model_dir: transformers folder; its weights are widened, exactly.
+        adapter: None for the base model alone.
     """
-    if samples < 1:
-        raise ConfigError(f"samples: expected at least 1, got {samples}")
-    tokens = torch.tensor([list(ids)])
-    exact = model(input_ids=tokens, use_cache=False).logits[0]
-    deviation = 0.0
-    try:
-        _noise.roundoff = roundoff
+
+    def __init__(self, model_dir: str | Path, adapter: Adapter | None) -> None:
+        transformers.AttentionInterface.register(_ATTENTION, _attention)
+        transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            model_dir, dtype=torch.float64, attn_implementation=_ATTENTION, local_files_only=True
+        )
+        if adapter is not None:
+            load_adapter(model, adapter)
+        model.double().eval()
+        self._model: Any = model
+        self._noise = RoundingNoise()
+        for name, module in list(model.named_modules()):
+            if type(module).__name__.endswith("RMSNorm"):
+                parent, _, leaf = name.rpartition(".")
+                norm = _RMSNorm(module.weight, module.variance_epsilon)
+                setattr(model.get_submodule(parent), leaf, norm)
+            elif type(module).__name__.endswith("Attention"):
+                module.rounding_noise = self._noise
+        adapted = {id(module.base_layer) for module in model.modules() if isinstance(module, LoraLinear)}
+        for module in model.modules():
+            # An adapted layer is one product, of the merged weight, in the model that is judged.
+            if isinstance(module, (LoraLinear, nn.Linear)) and id(module) not in adapted:
+                module.register_forward_hook(self._add_noise)
+
+    def _add_noise(
+        self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+    ) -> torch.Tensor:
+        weight: torch.Tensor = module.weight  # type: ignore[assignment]
+        if isinstance(module, LoraLinear):
+            weight = weight + module.scaling * (module.lora_B @ module.lora_A)
+        return self._noise.apply(output, inputs[0], weight)
+
+    @torch.no_grad()
+    def evaluate(
+        self, sequences: Sequence[Sequence[int]], roundoff: float, *, samples: int = SAMPLES, seed: int = 0
+    ) -> list[Truth]:
+        """The logits of each sequence, and the largest deviation that `samples` draws of rounding with unit
+        roundoff `roundoff` cause anywhere in them.
+
+        Raises ConfigError for fewer than one sample.
+        """
+        if samples < 1:
+            raise ConfigError(f"samples: expected at least 1, got {samples}")
+        lengths = [len(sequence) for sequence in sequences]
+        # Padding on the right changes nothing before it: attention is causal.
+        tokens = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence)] = torch.tensor(list(sequence))
+        noise = self._noise
+        noise.measure(roundoff)
+        exact = self._model(input_ids=tokens, use_cache=False).logits
+        deviations = [0.0] * len(sequences)
         for sample in range(samples):
-            _noise.generator.manual_seed(seed + sample)
-            noisy = model(input_ids=tokens, use_cache=False).logits[0]
-            deviation = max(deviation, float((noisy - exact).abs().max()))
-    finally:
-        _noise.roundoff = None
-    return Truth(exact.numpy(), deviation)
+            noise.draw(seed + sample)
+            gap = (self._model(input_ids=tokens, use_cache=False).logits - exact).abs()
+            for row, length in enumerate(lengths):
+                deviations[row] = max(deviations[row], float(gap[row, :length].max()))
+        return [
+            Truth(exact[row, :length].numpy(), deviation)
+            for row, (length, deviation) in enumerate(zip(lengths, deviations, strict=True))
+        ]

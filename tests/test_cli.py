@@ -50,7 +50,7 @@ def test_the_chain_from_base_to_answer(made: Path, tmp_path: Path) -> None:
     assert "4 of" in out
     code, out, _ = call("export", "--model", made / "base", "--adapter", adapter, "--out", exported, "--json")
     assert code == 0
-    assert len(json.loads(out)["merged"]) == 4
+    assert len(json.loads(out)["merged_names"]) == 4
     for candidate in (exported, merged):
         code, out, _ = call("verify", candidate, "--model", made / "base", "--adapter", adapter, "--json")
         assert code == 0, out

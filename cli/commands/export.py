@@ -32,5 +32,5 @@ def command(
         else:
             typer.echo(
                 f"{out}: {summary.nodes} nodes, {summary.tensors} weights in {summary.dtype}, "
-                f"{len(summary.merged)} of them merged, {summary.bytes / 1e6:.0f} MB"
+                f"{len(summary.merged_names)} of them merged, {summary.bytes / 1e6:.0f} MB"
             )

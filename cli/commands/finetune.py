@@ -5,13 +5,21 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+
+from loracle.reference import ConfigError
 
 from ..guard import one_line_errors
 from ..options import Debug, Json, Out
 from ..progress import training_bar
+
+
+def _schedule(name: str) -> Literal["linear", "cosine"]:
+    if name == "linear" or name == "cosine":
+        return name
+    raise ConfigError(f"--schedule: expected linear or cosine, got {name!r}")
 
 
 def command(
@@ -26,20 +34,26 @@ def command(
     dropout: Annotated[float, typer.Option("--dropout", help="Of the adapter's input.")] = 0.0,
     epochs: Annotated[float, typer.Option("--epochs", help="Passes over the data.")] = 3.0,
     max_steps: Annotated[int | None, typer.Option("--max-steps", help="Stop after so many steps.")] = None,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate.")] = 1e-3,
+    lr: Annotated[float, typer.Option("--lr", help="Learning rate after warmup.")] = 2e-3,
+    schedule: Annotated[str, typer.Option("--schedule", help="How it falls: linear or cosine.")] = "linear",
+    warmup: Annotated[float, typer.Option("--warmup", help="Share of the steps in which it rises.")] = 0.05,
     batch_size: Annotated[int, typer.Option("--batch-size", help="Examples a step.")] = 16,
     max_length: Annotated[int, typer.Option("--max-length", help="Tokens an example.")] = 512,
-    seed: Annotated[int, typer.Option("--seed")] = 0,
+    seed: Annotated[int, typer.Option("--seed", help="Of A's start, the order of the data, dropout.")] = 0,
     bf16: Annotated[
         bool | None, typer.Option("--bf16/--no-bf16", help="bfloat16 autocast; left out, where it is fast.")
     ] = None,
+    eval_data: Annotated[
+        Path | None, typer.Option("--eval-data", help="JSONL whose loss is measured before and after.")
+    ] = None,
+    save_steps: Annotated[int, typer.Option("--save-steps", help="Steps between checkpoints; 0: none.")] = 50,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Fine-tune MODEL on DATA: only the low-rank A and B are trained, the base folder is not touched."""
     with one_line_errors(debug):
-        from loracle.torch_impl import FinetuneOptions, finetune
+        from loracle.torch_impl import FinetuneOptions, finetune, parse_targets
 
         options = FinetuneOptions(
             model=model,
@@ -47,15 +61,19 @@ def command(
             out=out,
             rank=rank,
             alpha=alpha,
-            targets=targets,
+            targets=parse_targets(targets),
             dropout=dropout,
             epochs=epochs,
             max_steps=max_steps,
             lr=lr,
+            schedule=_schedule(schedule),
+            warmup=warmup,
             batch_size=batch_size,
             max_length=max_length,
             seed=seed,
             bf16=bf16,
+            eval_data=eval_data,
+            save_steps=save_steps,
             resume=resume,
         )
         with training_bar() as advance:

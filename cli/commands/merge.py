@@ -30,4 +30,4 @@ def command(
         if as_json:
             typer.echo(json.dumps(dataclasses.asdict(summary), default=str))
         else:
-            typer.echo(f"{out}: {len(summary.merged)} of {summary.tensors} tensors merged")
+            typer.echo(f"{out}: {len(summary.merged_names)} of {summary.tensors} tensors merged")
