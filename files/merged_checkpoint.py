@@ -138,8 +138,8 @@ def _write_shard(path: Path, plan: _Plan, shard: str) -> Iterator[int]:
         for name in names:
             for block in _blocks(plan, name):
                 write_array(file, block)
+                plan.checkpoint.release(name)
                 yield block.nbytes
-            plan.checkpoint.release(name)
 
 
 def _blocks(plan: _Plan, name: str) -> Iterator[NDArray[Any]]:

@@ -50,15 +50,25 @@ def test_links_into_the_hubs_blobs_and_within_the_folder_are_followed(tmp_path: 
     assert (out / "vocab.json").read_bytes() == b"blob"
 
 
-@pytest.mark.parametrize("place", ["secret", "blobs/secret", "../secret"])
-def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path, place: str) -> None:
-    model, out = _folders(tmp_path / "deep") if (tmp_path / "deep").mkdir() is None else (tmp_path, tmp_path)
-    secret = tmp_path / "deep" / place
-    secret.parent.mkdir(exist_ok=True)
+@pytest.mark.parametrize(
+    ("model", "place"),
+    [
+        ("deep/m", "deep/secret"),
+        ("deep/m", "secret"),
+        ("deep/m", "blobs/secret"),
+        ("repo/snapshots/rev", "repo/refs/secret"),
+        ("repo/snapshots/rev", "repo/blobs/deep/secret"),
+        ("repo/snapshots/rev", "repo/blobsecret"),
+    ],
+)
+def test_a_link_that_leads_out_of_the_folder_is_refused(tmp_path: Path, model: str, place: str) -> None:
+    folder, secret, out = tmp_path / model, tmp_path / place, tmp_path / "out"
+    for parent in (folder, secret.parent, out):
+        parent.mkdir(parents=True, exist_ok=True)
     secret.write_text("secret")
-    (model / "tokenizer.json").symlink_to(os.path.relpath(secret, model))
+    (folder / "tokenizer.json").symlink_to(os.path.relpath(secret, folder))
     with pytest.raises(FileError, match=r"tokenizer\.json: links to .*outside the model's folder"):
-        copy_sidecars(model, out)
+        copy_sidecars(folder, out)
     assert not list(out.iterdir())
 
 
