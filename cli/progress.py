@@ -26,7 +26,7 @@ def bar(title: str, *, quiet: bool = False) -> Iterator[Callable[[int, int], Non
 
 
 @contextmanager
-def training_bar() -> Iterator[Callable[[int, int, float], None]]:
+def training_bar() -> Iterator[Callable[[int, int, float | None], None]]:
     """As `bar`, with the loss beside the time left: `advance(step, steps, loss)`."""
     columns = (
         TextColumn("fine-tuning"),
@@ -39,7 +39,9 @@ def training_bar() -> Iterator[Callable[[int, int, float], None]]:
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as drawn:
         task = drawn.add_task("", total=None)
 
-        def advance(step: int, steps: int, loss: float) -> None:
-            drawn.update(task, completed=step, total=steps, description=f"loss {loss:.3f}")
+        def advance(step: int, steps: int, loss: float | None) -> None:
+            drawn.update(task, completed=step, total=steps)
+            if loss is not None:
+                drawn.update(task, description=f"loss {loss:.3f}")
 
         yield advance

@@ -77,9 +77,9 @@ def measure_decode(
     first = np.asarray(seconds[names[0]])
     result = {}
     for name in names:
-        taken = np.asarray(seconds[name])
-        ratio, low, high = median_interval(first / taken)
-        result[name] = DecodeSpeed(len(tokens) / float(np.median(taken)), ratio, low, high)
+        times = np.asarray(seconds[name])
+        ratio, low, high = median_interval(first / times)
+        result[name] = DecodeSpeed(len(tokens) / float(np.median(times)), ratio, low, high)
     return result
 
 

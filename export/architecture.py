@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from loracle.reference import ConfigError
@@ -10,7 +11,7 @@ SUPPORTED = ("llama", "mistral", "qwen2")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-def check_supported(config: dict[str, Any], source: str) -> None:
+def check_supported(config: Mapping[str, Any], source: str) -> None:
     """Refuse an architecture whose fused graph would not be the model's own mathematics.
 
     Raises ConfigError naming the key of `config.json`, what was expected and what came.

@@ -29,7 +29,8 @@ class Candidate:
         """The initializer `name`, mapped from the data file."""
         value = self.model.graph.initializers[name].const_value
         assert value is not None
-        return value.numpy()
+        array: np.ndarray[Any, Any] = value.numpy()
+        return array
 
 
 def open_candidate(folder: str | Path) -> Candidate:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS
@@ -9,7 +10,7 @@ from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS
 FILE = "genai_config.json"
 
 
-def genai_config(config: dict[str, Any], generation: dict[str, Any]) -> dict[str, Any]:
+def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
     """The description of an exported decoder, from its `config.json` and `generation_config.json`.
 
     `past_present_share_buffer` is true because the graph appends to the cache in place. Search is greedy:

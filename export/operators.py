@@ -66,7 +66,7 @@ class FusedRMSNorm(nn.Module):
 
 
 @dataclass
-class FusedCache(Cache):
+class FusedCache(Cache):  # type: ignore[misc]
     """Stands for transformers' cache while tracing: hands keys and values through, since the attention
     operator appends to the past itself, and collects the `present` outputs layer by layer."""
 
@@ -191,7 +191,7 @@ def fuse_modules(model: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             fused: nn.Module = FusedLinear(module)
         elif type(module).__name__.endswith("RMSNorm"):
-            fused = FusedRMSNorm(module.weight, float(module.variance_epsilon))  # type: ignore[arg-type]
+            fused = FusedRMSNorm(module.weight, float(module.variance_epsilon))
         else:
             continue
         parent, _, leaf = name.rpartition(".")

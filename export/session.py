@@ -16,7 +16,10 @@ from loracle.reference import ConfigError, FileError, ShapeError
 
 from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS, past_names, present_names
 
-_DTYPES = {"tensor(float)": np.dtype(np.float32), "tensor(float16)": np.dtype(np.float16)}
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "tensor(float)": np.dtype(np.float32),
+    "tensor(float16)": np.dtype(np.float16),
+}
 
 
 def open_session(folder: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -123,4 +126,5 @@ class DecoderSession:
         binding.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
         self.session.run_with_iobinding(binding)
         self.length = end
-        return logits[0]
+        result: np.ndarray[Any, Any] = logits[0]
+        return result

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,7 +48,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loracle"
 
 
-def cache_key(config: dict[str, Any], dtype: np.dtype[Any]) -> str:
+def cache_key(config: Mapping[str, Any], dtype: np.dtype[Any]) -> str:
     """SHA-256 over architecture, dtype, the tracing packages' versions and this room's source."""
     digest = hashlib.sha256()
     architecture = {k: v for k, v in config.items() if k not in _NOT_ARCHITECTURE}
@@ -85,7 +85,7 @@ def from_bytes(data: bytes, dtype: np.dtype[Any]) -> GraphTemplate:
 
 
 def cached(
-    config: dict[str, Any],
+    config: Mapping[str, Any],
     dtype: np.dtype[Any],
     make: Callable[[], GraphTemplate],
     folder: Path | None = None,

@@ -64,7 +64,7 @@ def name_dimensions(model: ir.Model, layers: int, kv_heads: int, width: int) -> 
     graph = model.graph
     vocabulary = next(v for v in graph.outputs if v.name == LOGITS).shape
     assert vocabulary is not None
-    shapes[LOGITS] = [BATCH, SEQUENCE, int(vocabulary[-1])]  # type: ignore[arg-type]
+    shapes[LOGITS] = [BATCH, SEQUENCE, int(vocabulary[-1])]
     outside = {str(v.name): v for v in (*graph.inputs, *graph.outputs)}
     for node in graph:
         for value in node.outputs:

@@ -45,7 +45,7 @@ class _Decoder(nn.Module):
         last_position = (attention_mask.sum(1, dtype=torch.int64) - 1).to(torch.int32)
         total = torch.ops.aten.sym_size.int(attention_mask, 1)
         total_length = torch.full((1,), total, dtype=torch.int32)
-        cache = FusedCache(past, last_position, total_length, self.cos_cache, self.sin_cache)  # type: ignore[arg-type]
+        cache = FusedCache(past, last_position, total_length, self.cos_cache, self.sin_cache)
         with tracing_with(cache):
             out = self.model(input_ids=input_ids, past_key_values=cache, use_cache=True)
         return [out.logits] + [t for layer in range(len(past) // 2) for t in cache.present[layer]]

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
+from loracle.files.safetensors_writer import write_array
 from loracle.reference import ShapeError, TargetError
 
 from .names import DATA_FILE, GRAPH_FILE
@@ -94,7 +95,7 @@ def nbytes(value: ir.Value) -> int:
     """Bytes of an initializer, from its shape and dtype alone."""
     assert value.shape is not None
     assert value.dtype is not None
-    return math.prod(value.shape.numpy()) * int(value.dtype.itemsize)
+    return math.prod(int(size) for size in value.shape.numpy()) * int(value.dtype.itemsize)
 
 
 def write_model(
@@ -120,7 +121,7 @@ def write_model(
                 tensor = value.const_value.numpy()
             data.write(b"\0" * (-data.tell() % ALIGNMENT))
             placed.append((value, data.tell()))
-            data.write(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8)))
+            write_array(data, tensor)
             done += tensor.nbytes
             if progress is not None:
                 progress(done, total)

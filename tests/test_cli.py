@@ -70,7 +70,7 @@ def test_a_failed_check_is_exit_code_1_and_names_the_tensor(made: Path, tmp_path
 
 BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "missing model": (lambda r, t: ["export", "--model", t / "none", "--out", t / "o"], "none"),
-    "empty model": (lambda r, t: ["export", "--model", t / "empty", "--out", t / "o"], "config.json"),
+    "empty model": (lambda r, t: ["export", "--model", t / "empty", "--out", t / "o"], "is empty"),
     "missing adapter": (
         lambda r, t: ["merge", "--model", r / "base", "--adapter", t / "none", "--out", t / "o"],
         "none",

@@ -17,8 +17,10 @@ from ..progress import training_bar
 
 
 def _schedule(name: str) -> Literal["linear", "cosine"]:
-    if name == "linear" or name == "cosine":
-        return name
+    if name == "linear":
+        return "linear"
+    if name == "cosine":
+        return "cosine"
     raise ConfigError(f"--schedule: expected linear or cosine, got {name!r}")
 
 

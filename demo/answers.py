@@ -1,0 +1,43 @@
+"""Answers to held-out prompts from an exported folder, with onnxruntime alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from loracle.export import DecoderSession, TextModel, greedy, open_session
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A task's held-out rows, in the order of the file."""
+
+    system: str
+    prompts: tuple[str, ...]
+    references: tuple[str, ...]
+
+
+def read_heldout(path: Path) -> HeldOut:
+    """Read a held-out file that `build_tasks` wrote."""
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return HeldOut(
+        rows[0]["system"], tuple(row["prompt"] for row in rows), tuple(row["completion"] for row in rows)
+    )
+
+
+def answer(
+    folder: Path, heldout: HeldOut, max_new_tokens: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[str, ...]:
+    """The greedy answer of `folder`'s model to each prompt, cut at `max_new_tokens` tokens, on one line."""
+    text, session = TextModel(folder), open_session(folder)
+    answers = []
+    for done, prompt in enumerate(heldout.prompts, 1):
+        ids = text.encode_prompt(prompt, system=heldout.system)
+        decoder = DecoderSession(session, len(ids) + max_new_tokens)
+        tokens = [token for token, _ in greedy(decoder, ids, max_new_tokens, text.stop)]
+        answers.append(" ".join(text.decode(tokens).split()))
+        if progress is not None:
+            progress(done, len(heldout.prompts))
+    return tuple(answers)

@@ -1,0 +1,28 @@
+"""The machine that a result was measured on, in a few words."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+
+
+def describe_machine() -> tuple[tuple[str, str], ...]:
+    """(label, value) of processor, cores, memory and system; no host name, no path."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return (
+        ("processor", processor()),
+        ("cores", str(len(os.sched_getaffinity(0)))),
+        ("memory", f"{memory:.0f} GiB"),
+        ("system", f"{platform.system()} {platform.machine()}"),
+    )
+
+
+def processor() -> str:
+    """The processor's model name; the architecture where the system does not tell."""
+    information = Path("/proc/cpuinfo")
+    if information.is_file():
+        for line in information.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
