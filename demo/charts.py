@@ -69,26 +69,25 @@ def scatter_chart(before: Sequence[float], after: Sequence[float], metric: str) 
     return _svg(body, title, width=_LEFT + side + _RIGHT)
 
 
-def loss_chart(losses: Sequence[tuple[int, float]]) -> Markup:
+def loss_chart(losses: Sequence[float]) -> Markup:
     """Return the training loss against the step: each point faint, a running mean of nine on top.
 
     Args:
-        losses: (step, loss in nats per token), at least one, by step.
+        losses: each step's loss in nats per token, at least one.
     """
-    steps = [step for step, _ in losses]
-    values = [loss for _, loss in losses]
-    x = axis(0, max(steps), _LEFT, WIDTH - _RIGHT)
-    y = axis(0, max(values), HEIGHT - _BOTTOM, _TOP)
-    smooth = [_mean(values[max(0, i - 4) : i + 5]) for i in range(len(values))]
+    steps = range(1, len(losses) + 1)
+    x = axis(0, len(losses), _LEFT, WIDTH - _RIGHT)
+    y = axis(0, max(losses), HEIGHT - _BOTTOM, _TOP)
+    smooth = [_mean(losses[max(0, i - 4) : i + 5]) for i in range(len(losses))]
     body = [
         *_frame(x, y, "step", "loss, nats per token"),
         *(
             f'<circle class="mark faint" cx="{x(s):.1f}" cy="{y(v):.1f}" r="1.6"/>'
-            for s, v in zip(steps, values, strict=True)
+            for s, v in zip(steps, losses, strict=True)
         ),
         _polyline(steps, smooth, x, y),
     ]
-    return _svg(body, f"Training loss, from {smooth[0]:.2f} to {smooth[-1]:.2f} over {steps[-1]} steps")
+    return _svg(body, f"Training loss, from {smooth[0]:.2f} to {smooth[-1]:.2f} over {len(losses)} steps")
 
 
 def ratio_chart(rows: Sequence[tuple[str, float, float, float]]) -> Markup:

@@ -44,7 +44,7 @@ class TaskReport:
         train_rows, heldout_rows: number of examples.
         quality: held-out score before and after, with the bootstrap's interval and p-value.
         before, after: the score of each held-out text, percent.
-        losses: (step, loss in nats per token).
+        losses: each step's, in nats per token.
         training_seconds: wall time of the fine-tune.
         trainable_parameters, total_parameters: of the model with its adapter.
         adapter_bytes, model_bytes: of the weight files.
@@ -60,7 +60,7 @@ class TaskReport:
     quality: Comparison
     before: tuple[float, ...]
     after: tuple[float, ...]
-    losses: tuple[tuple[int, float], ...]
+    losses: tuple[float, ...]
     training_seconds: float
     trainable_parameters: int
     total_parameters: int

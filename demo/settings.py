@@ -15,7 +15,6 @@ class Training:
     rank: int = 8
     alpha: int = 16
     targets: tuple[str, ...] = ("q_proj", "v_proj")
-    warmup_steps: int = 5
     seed: int = 0
 
 
@@ -47,7 +46,7 @@ TRANSLATE = Task(
     title="English to French interface strings",
     system="Translate to French.",
     metric="chrF",
-    heldout_percent=14,
+    heldout_percent=12,
     max_new_tokens=48,
     training=Training(max_steps=100, batch_size=16, lr=2e-3, max_length=160),
 )
@@ -57,7 +56,7 @@ SUMMARIZE = Task(
     title="Docstring to its summary line",
     system="Summarize in one line.",
     metric="ROUGE-L",
-    heldout_percent=9,
+    heldout_percent=8,
     max_new_tokens=40,
     training=Training(max_steps=100, batch_size=16, lr=2e-3, max_length=320),
 )

@@ -59,10 +59,9 @@ def build_tasks(
     summarize = docstring_pairs(PACKAGES)
     versions = " and ".join(f"{name} {version}" for name, version in package_versions(PACKAGES).items())
     out_dir.mkdir(parents=True, exist_ok=True)
+    django = DJANGO.replace("==", " ")
     return {
-        TRANSLATE.name: _write(
-            out_dir, TRANSLATE, translate, "gettext catalogs of " + DJANGO.replace("==", " ")
-        ),
+        TRANSLATE.name: _write(out_dir, TRANSLATE, translate, f"gettext catalogs of {django}"),
         SUMMARIZE.name: _write(out_dir, SUMMARIZE, summarize, f"docstrings of {versions}"),
     }
 

@@ -20,7 +20,8 @@ from transformers.masking_utils import eager_mask
 
 from loracle.files import Adapter
 from loracle.reference import ConfigError, product_noise
-from loracle.torch_impl import LoraLinear, load_adapter
+from loracle.torch_impl.adapter_io import load_adapter
+from loracle.torch_impl.layers import LoraLinear
 
 #: The tolerance is this many times the largest deviation sampled: the maximum of a few draws lies below the
 #: maximum over all draws, and roundings outside the matrix products are not sampled. It can be small, for

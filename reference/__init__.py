@@ -1,5 +1,13 @@
 """What LoRA means, in NumPy: forward, backward, merge, rounding and error bounds."""
 
+from .bounds import (
+    gamma,
+    linear_backward_bound,
+    linear_forward_bound,
+    merged_forward_bound,
+    product_noise,
+    unit_roundoff,
+)
 from .errors import (
     CheckError,
     ConfigError,
@@ -12,6 +20,7 @@ from .errors import (
     TargetError,
 )
 from .exact import merge_exact
+from .linear import LinearGradients, linear_backward, linear_forward
 from .merge import merge
 from .rounding import round_float64, round_fraction, round_to
 from .scaling import lora_scaling
@@ -22,14 +31,23 @@ __all__ = [
     "DTypeError",
     "DataError",
     "FileError",
+    "LinearGradients",
     "LoracleError",
     "NonFiniteError",
     "ShapeError",
     "TargetError",
+    "gamma",
+    "linear_backward",
+    "linear_backward_bound",
+    "linear_forward",
+    "linear_forward_bound",
     "lora_scaling",
     "merge",
     "merge_exact",
+    "merged_forward_bound",
+    "product_noise",
     "round_float64",
     "round_fraction",
     "round_to",
+    "unit_roundoff",
 ]

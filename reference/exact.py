@@ -12,7 +12,7 @@ from .formats import Array, float_format
 from .rounding import round_fraction
 
 
-def exact_entry(w: float, b: Iterable[Any], a: Iterable[Any], scaling: float, dtype: DTypeLike) -> Any:
+def exact_entry(w: Any, b: Iterable[Any], a: Iterable[Any], scaling: float, dtype: DTypeLike) -> Any:
     """Return ``w + scaling * sum_k b[k] a[k]`` rounded once to ``dtype``, as a scalar of it.
 
     An exact sum of zero gives +0, unless ``w`` is -0.0 (then the update is zero too, and ``w`` is kept). An

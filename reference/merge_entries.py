@@ -76,7 +76,7 @@ def _sum_in_double_double(
 
 
 def _add_all(total: Float64, *terms: Float64) -> tuple[Float64, Float64]:
-    """Return ``total`` plus the terms, added one by one, and the magnitudes of what each addition lost, summed."""
+    """Return ``total`` plus the terms, added one by one, and the magnitudes of all losses, summed."""
     lost = np.zeros_like(total)
     for term in terms:
         total, residual = two_sum(total, term)

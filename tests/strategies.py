@@ -1,9 +1,9 @@
 """Hypothesis strategies for LoRA problems: shapes and a seed are drawn, the numbers come from the seed.
 
-Two tiers. In the *exact* tier the numbers are small integers and powers of two, so small that every partial sum
-of the forward and the backward pass, in any order, is a number of the dtype: all implementations must agree bit
-for bit. In the *derived* tier the numbers are gaussian and implementations must stay within the bounds of
-`loracle.reference`.
+Two tiers. In the *exact* tier the numbers are small integers and powers of two, so small that every partial
+sum of the forward and the backward pass, in any order, is a number of the dtype: all implementations must
+agree bit for bit. In the *derived* tier the numbers are gaussian and implementations must stay within the
+bounds of `loracle.reference`.
 """
 
 from collections.abc import Callable
@@ -45,7 +45,8 @@ class LoraProblem:
 
 ARRAYS = ("x", "dy", "W0", "A", "B", "bias", "dropout")
 
-# Largest batch, in, out, r and integer for which no partial sum leaves the dtype's exact integers, in quarters.
+# Largest batch, in, out, r and integer for which no partial sum leaves the dtype's exact integers, in
+# quarters.
 _EXACT_LIMITS = {
     BFLOAT16: (2, 3, 3, 1, 1),
     np.dtype(np.float16): (3, 6, 6, 2, 1),
@@ -55,10 +56,8 @@ _EXACT_LIMITS = {
 
 
 def exact_limit(dtype: DTypeLike) -> float:
-    """Return the largest partial sum of the exact tier: up to it, quarters of integers are numbers of ``dtype``."""
-    return (
-        2.0 ** {BFLOAT16: 8, np.dtype(np.float16): 11, np.dtype(np.float32): 24}.get(np.dtype(dtype), 53) / 4
-    )
+    """Return up to what magnitude every multiple of a quarter is a number of ``dtype``."""
+    return 2.0 ** float_format(dtype).precision / 4
 
 
 @st.composite
@@ -93,10 +92,16 @@ def _problem(
     outputs: int,
     r: int,
     scaling: float,
-    draw: Any,
+    numbers: Callable[..., Any],
     keep: float,
 ) -> LoraProblem:
-    x, dy, W0 = draw(batch, inputs), draw(batch, outputs), draw(outputs, inputs)
-    A, B, bias = draw(r, inputs), draw(outputs, r), draw(outputs)
-    dropout = (rng.random((batch, inputs)) < keep) / keep
-    return LoraProblem(x, dy, W0, A, B, bias, dropout, scaling)
+    return LoraProblem(
+        x=numbers(batch, inputs),
+        dy=numbers(batch, outputs),
+        W0=numbers(outputs, inputs),
+        A=numbers(r, inputs),
+        B=numbers(outputs, r),
+        bias=numbers(outputs),
+        dropout=(rng.random((batch, inputs)) < keep) / keep,
+        scaling=scaling,
+    )

@@ -30,7 +30,7 @@ TASK = TaskReport(
     quality=Comparison(13.34, 48.55, 30.2, 40.3, 0.0001, 10_000, 0),
     before=(10.0, 20.0, 30.0),
     after=(40.0, 15.0, 60.0),
-    losses=((1, 3.0), (2, 2.0), (3, 1.0)),
+    losses=(3.0, 2.0, 1.0),
     training_seconds=121.3,
     trainable_parameters=460_800,
     total_parameters=134_515_008,
@@ -230,8 +230,8 @@ def test_charts_put_marks_where_the_numbers_are() -> None:
     assert 'cx="40.0" cy="12.0"' in scatter
     assert 'cx="228.0" cy="200.0"' in scatter
     assert "1 of 2 improved" in scatter
-    loss = loss_chart([(0, 4.0), (50, 2.0), (100, 0.0)])
-    assert 'points="40.0,106.0 174.0,106.0 308.0,106.0"' in loss
+    loss = loss_chart([4.0, 2.0, 0.0])
+    assert 'points="129.3,106.0 218.7,106.0 308.0,106.0"' in loss
     assert loss.count('class="mark faint"') == 3
     ratio = ratio_chart([("merged", 0.8, 0.9, 1.0)])
     assert '<line class="line" x1="84.0" y1="34" x2="308.0" y2="34"/>' in ratio

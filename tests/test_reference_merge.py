@@ -445,7 +445,7 @@ def test_ties_are_settled_without_rational_arithmetic(monkeypatch):
 @settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.sampled_from(DTYPES))
 def test_crafted_near_ties_equal_the_rational_oracle(seed, r, dtype):
-    """W0 + update lies 2^-k from a midpoint, for k that float64 resolves, that 106 bits do, and that neither do."""
+    """W0 + update lies 2^-k from a midpoint, for k that float64, that 106 bits and that neither resolve."""
     rng = np.random.default_rng(seed)
     p = float_format(dtype).precision
     W0 = (1 + rng.integers(0, 2 ** (p - 1), (4, 4)) * 2.0 ** (1 - p)).astype(dtype)
