@@ -1,4 +1,4 @@
-"""The commands as a user meets them: what they print, how they exit, and that nothing is left half written."""
+"""The commands as a user meets them: what they print and how they exit; nothing is left half written."""
 
 from __future__ import annotations
 
