@@ -1,0 +1,344 @@
+import ml_dtypes
+import numpy as np
+import pytest
+from exact_linear import GRADIENTS, backward, error, forward, rational, rational_problem
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import ARRAYS, LoraProblem, lora_problems
+
+from loracle.reference import (
+    ConfigError,
+    DTypeError,
+    ShapeError,
+    gamma,
+    linear_backward_bound,
+    linear_forward,
+    linear_forward_bound,
+    merged_forward_bound,
+    product_noise,
+    unit_roundoff,
+)
+from loracle.reference.formats import FORMATS
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F16, F32, F64 = (np.dtype(name) for name in ("f2", "f4", "f8"))
+DTYPES = [form.dtype for form in FORMATS]
+BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def forward_bound(p, dtype, **options):
+    return linear_forward_bound(
+        p.x, p.W0, p.A, p.B, p.scaling, dtype, bias=p.bias, dropout=p.dropout, **options
+    )
+
+
+def backward_bound(p, dtype, **options):
+    return linear_backward_bound(p.dy, p.x, p.W0, p.A, p.B, p.scaling, dtype, dropout=p.dropout, **options)
+
+
+def dot(pairs, start, order):
+    """Sum products one after the other in the operands' dtype, a rounding each time."""
+    dtype = pairs[0][0].dtype
+    total = start
+    for a, b in pairs[::order]:
+        total = dtype.type(total + dtype.type(a * b))
+    return total
+
+
+def product(a, b, order=1, start=None):
+    """a @ b.T, every operation rounded to the dtype of a; ``start`` is what the sums begin with."""
+    start = np.zeros((len(a), len(b)), a.dtype) if start is None else start
+    rows = [
+        [dot(list(zip(u, v, strict=True)), start[i, j], order) for j, v in enumerate(b)]
+        for i, u in enumerate(a)
+    ]
+    return np.array(rows, a.dtype)
+
+
+def peft_order(p, s):
+    return product(p.x, p.W0) + p.bias + product(product(p.x * p.dropout, p.A), p.B) * s
+
+
+def addmm_order(p, s):
+    base = product(p.x, p.W0, -1) + p.bias
+    return product(product(p.x * p.dropout, p.A, -1) * s, p.B, start=base)
+
+
+def scaled_b_order(p, s):
+    return (product(p.x, p.W0) + product(product(p.x * p.dropout, p.A), p.B * s, -1)) + p.bias
+
+
+def scaled_x_order(p, s):
+    return product(p.x, p.W0) + (product(product(p.x * p.dropout * s, p.A), p.B) + p.bias)
+
+
+def delta_first_order(p, s):
+    delta = product(p.B, np.ascontiguousarray(p.A.T)) * s
+    return product(p.x * p.dropout, delta, start=product(p.x, p.W0)) + p.bias
+
+
+ORDERS = [peft_order, addmm_order, scaled_b_order, scaled_x_order, delta_first_order]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=lambda order: order.__name__)
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@settings(max_examples=15)
+@given(data=st.data())
+def test_every_order_of_the_forward_stays_within_the_bound(dtype, order, data):
+    problem = data.draw(lora_problems(most=9, dtype=dtype))
+    with np.errstate(over="ignore", invalid="ignore"):
+        computed = order(problem, dtype.type(problem.scaling))
+    assert computed.dtype == dtype
+    if np.isfinite(computed.astype(F64)).all():
+        assert (error(computed, forward(rational_problem(problem))) <= forward_bound(problem, dtype)).all()
+
+
+@BY_DTYPE
+@settings(max_examples=25)
+@given(data=st.data())
+def test_forward_and_backward_stay_within_the_bounds(dtype, data):
+    problem = data.draw(lora_problems(most=12, dtype=dtype))
+    exact = rational_problem(problem)
+    with np.errstate(over="ignore", invalid="ignore"):
+        y, gradients = forward(problem), backward(problem)
+    bounds = backward_bound(problem, dtype)
+    if np.isfinite(y.astype(F64)).all():
+        assert (error(y, forward(exact)) <= forward_bound(problem, dtype)).all()
+    for name in GRADIENTS:
+        computed = getattr(gradients, name)
+        if np.isfinite(computed.astype(F64)).all():
+            assert (error(computed, getattr(backward(exact), name)) <= getattr(bounds, name)).all()
+
+
+def long_problem(dtype, size=0.5, in_features=64, seed=0):
+    rng = np.random.default_rng(seed)
+
+    def numbers(*shape):
+        return rng.normal(0, size, shape)
+
+    problem = LoraProblem(
+        x=numbers(7, in_features),
+        dy=numbers(7, 3),
+        W0=numbers(3, in_features),
+        A=numbers(8, in_features),
+        B=numbers(3, 8),
+        bias=numbers(3),
+        dropout=rng.integers(0, 2, (7, in_features)) * 2.0,
+        scaling=1 / 3,
+    )
+    return problem.astype(dtype)
+
+
+@BY_DTYPE
+def test_long_sums_stay_within_the_bound(dtype):
+    for seed in range(4):
+        problem = long_problem(dtype, seed=seed)
+        exact, bounds = rational_problem(problem), backward_bound(problem, dtype)
+        assert (error(forward(problem), forward(exact)) <= forward_bound(problem, dtype)).all()
+        for name in GRADIENTS:
+            difference = error(getattr(backward(problem), name), getattr(backward(exact), name))
+            assert (difference <= getattr(bounds, name)).all()
+
+
+@pytest.mark.parametrize(("wrong", "right"), [(BF16, F32), (F16, F32), (F32, F64), (BF16, F64)], ids=str)
+def test_an_evaluation_in_a_narrower_dtype_breaks_the_bound(wrong, right):
+    problem = long_problem(wrong)
+    exact = rational_problem(problem)
+    y, gradients = forward(problem), backward(problem)
+    assert (error(y, forward(exact)) > forward_bound(problem, right)).any()
+    bounds = backward_bound(problem, right)
+    for name in GRADIENTS:
+        difference = error(getattr(gradients, name), getattr(backward(exact), name))
+        assert (difference > getattr(bounds, name)).any(), name
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize(
+    "name", ["scaling off by a thousandth", "no dropout", "no bias", "no update", "scaling twice"]
+)
+def test_a_wrong_formula_breaks_the_bound(dtype, name):
+    right = long_problem(dtype)
+    arrays = {array: getattr(right, array) for array in ARRAYS}
+    wrong = {
+        "scaling off by a thousandth": LoraProblem(**arrays, scaling=right.scaling * 1.001),
+        "no dropout": LoraProblem(**arrays | {"dropout": np.ones_like(right.x)}, scaling=right.scaling),
+        "no bias": LoraProblem(**arrays | {"bias": np.zeros_like(right.bias)}, scaling=right.scaling),
+        "no update": LoraProblem(**arrays, scaling=0.0),
+        "scaling twice": LoraProblem(**arrays, scaling=right.scaling**2),
+    }[name]
+    assert (error(forward(wrong), forward(rational_problem(right))) > forward_bound(right, dtype)).any()
+
+
+def test_float16_products_that_underflow_are_within_the_bound():
+    def column(value, n=16):
+        return np.full((1, n), value, F16)
+
+    nothing = np.zeros((1, 16), F16), np.zeros((1, 1), F16)
+    x, W0 = column(2.0**-14), column(2.0**-12)
+    assert product(x, W0)[0, 0] == 0
+    exact = 2.0**-22
+    assert exact > gamma(40, unit_roundoff(F16)) * exact
+    assert linear_forward_bound(x, W0, *nothing, 1.0, F16)[0, 0] >= exact
+    assert merged_forward_bound(x, W0, F16)[0, 0] >= exact
+    zero = np.zeros((1, 16), F16)
+    # The adapter's: x A^T underflows and B is large; then scaling * B underflows and x A^T is large.
+    bound = linear_forward_bound(x, zero, W0, np.full((1, 1), 2.0**10, F16), 1.0, F16)
+    assert bound[0, 0] >= 2.0**10 * exact
+    bound = linear_forward_bound(
+        column(8.0), zero, column(8.0), np.full((1, 1), 2.0**-10, F16), 2.0**-15, F16
+    )
+    assert bound[0, 0] >= 16 * 64 * 2.0**-25
+    bounds = linear_backward_bound(
+        np.full((1, 1), 2.0**-14, F16), x, W0, W0, np.full((1, 1), 2.0**-12, F16), 1.0, F16
+    )
+    assert (bounds.dx >= 2.0**-26).all()
+    assert (bounds.dA >= 2.0**-40).all()
+    assert (bounds.dB >= 2.0**-36).all()
+
+
+def growth(n, c, wide, dtype):
+    return (1 + gamma(n, unit_roundoff(wide))) * (1 + gamma(c, unit_roundoff(dtype))) - 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "wide", "inputs", "stored"),
+    [
+        (F32, None, F32, 3),
+        (F32, None, F64, 9),
+        (BF16, F32, BF16, 7),
+        (BF16, F32, F32, 13),
+        (F64, None, F32, 3),
+    ],
+    ids=str,
+)
+def test_the_bounds_count_the_roundings_that_they_say(dtype, wide, inputs, stored):
+    """With every tensor of ones the magnitudes are counted by hand, and underflow is negligible."""
+    N, n_in, n_out, r = 5, 7, 3, 2
+    shapes = [(N, n_in), (N, n_out), (n_out, n_in), (r, n_in), (n_out, r), (n_out,), (N, n_in)]
+    p = LoraProblem(*(np.ones(shape, inputs) for shape in shapes), scaling=2.0)
+    accumulator = dtype if wide is None else wide
+
+    def close(bound, terms, count, size):
+        expected = growth(terms, count, accumulator, dtype) * size
+        return np.all((bound >= expected) & (bound <= expected * (1 + 2.0**-20)))
+
+    assert close(forward_bound(p, dtype, accumulator=wide), n_in + r + 2, stored, n_in + 1 + 2 * n_in * r)
+    bounds = backward_bound(p, dtype, accumulator=wide)
+    assert close(bounds.dx, n_out + r + 1, stored, n_out + 2 * n_out * r)
+    assert close(bounds.dA, n_out + N, stored, 2 * N * n_out)
+    assert close(bounds.dB, n_in + N, stored, 2 * N * n_in)
+    assert close(bounds.dbias, N, stored, N)
+    merged = merged_forward_bound(p.x, p.W0, dtype, bias=p.bias, accumulator=wide)
+    cast = 3 if stored in (9, 13) else 0
+    assert close(merged, n_in + 1, cast + (7 if wide else 3), n_in + 1)
+
+
+def test_sums_that_lose_the_same_way_each_time_reach_a_good_part_of_the_bound():
+    x, W0 = np.ones((1, 64), BF16), np.full((1, 64), 1.1171875, BF16)
+    exact = linear_forward(
+        rational(x), rational(W0), rational(np.zeros((1, 64))), rational(np.zeros((1, 1))), 0.0
+    )
+    ratio = error(product(x, W0), exact) / merged_forward_bound(x, W0, BF16)
+    assert 1 / 8 < ratio[0, 0] <= 1
+
+
+def test_a_float32_accumulator_bounds_what_bfloat16_alone_cannot():
+    problem = long_problem(F32, in_features=300)
+    with pytest.raises(
+        ConfigError, match=r"^gamma: expected n \* u below 1, got n 310 .* more precise accumulator"
+    ):
+        forward_bound(problem, BF16)
+    bound = forward_bound(problem, BF16, accumulator=F32)
+    p = problem.astype(BF16)
+    wide = p.astype(F32)
+
+    def stored(values):
+        return values.astype(BF16).astype(F32)
+
+    s = np.float32(BF16.type(p.scaling))
+    h = stored(stored(wide.x * wide.dropout) @ wide.A.T)
+    y = stored(stored(stored(wide.x @ wide.W0.T) + wide.bias) + stored(stored(h @ wide.B.T) * s))
+    difference = error(y, forward(rational_problem(problem)))
+    assert (difference <= bound).all()
+    narrow_bound = forward_bound(problem, F32)
+    assert (difference > narrow_bound).all()
+
+
+def test_the_merged_bound_holds_and_catches_a_narrower_dtype():
+    problem = long_problem(F32)
+    exact = forward(
+        LoraProblem(*(rational(getattr(problem, name)) for name in ARRAYS), scaling=0.0), dropout=False
+    )
+    computed = problem.x @ problem.W0.T + problem.bias
+    bound = merged_forward_bound(problem.x, problem.W0, F32, bias=problem.bias)
+    assert (error(computed, exact) <= bound).all()
+    narrow = problem.astype(F16)
+    assert (error(narrow.x @ narrow.W0.T + narrow.bias, exact) > bound).any()
+    assert (error(problem.x @ problem.W0.T, exact) > bound).any()
+
+
+@BY_DTYPE
+def test_a_scaling_of_zero_is_bounded(dtype):
+    problem = long_problem(dtype)
+    p = LoraProblem(*(getattr(problem, name) for name in ARRAYS), scaling=0.0)
+    assert np.isfinite(forward_bound(p, dtype)).all()
+    assert (error(forward(p), forward(rational_problem(p))) <= forward_bound(p, dtype)).all()
+
+
+def test_unit_roundoff_and_gamma():
+    assert [unit_roundoff(dtype) for dtype in DTYPES] == [2.0**-11, 2.0**-8, 2.0**-24, 2.0**-53]
+    assert gamma(0, 2.0**-8) == 0
+    exact = 100 * 2.0**-24 / (1 - 100 * 2.0**-24)
+    assert exact < gamma(100, 2.0**-24) < exact * 1.00001
+    for n in (256, 257):
+        with pytest.raises(ConfigError, match="expected n"):
+            gamma(n, 2.0**-8)
+    assert gamma(255, 2.0**-8) >= 255
+
+
+def test_noise_is_as_large_as_real_errors_and_never_smaller():
+    rng = np.random.default_rng(3)
+    k, u = 576, unit_roundoff(F32)
+    x, w = rng.standard_normal(k).astype(F32), rng.standard_normal((400, k)).astype(F32)
+    computed = np.zeros(400, F32)
+    for i in range(k):
+        computed += x[i] * w[:, i]
+    exact = (w.astype(np.longdouble) @ x.astype(np.longdouble)).astype(float)
+    rms = np.sqrt(np.mean((computed - exact) ** 2))
+    energy = np.linalg.norm(w.astype(float) * x, axis=1)
+    noise = product_noise(k, u, energy)
+    assert noise.shape == (400,)
+    assert 0.1 < rms / np.sqrt(np.mean(noise**2)) < 1
+    assert product_noise(4, 2.0**-24, 3.0) == 6 * 2.0**-24
+
+
+def test_bounds_have_the_shapes_of_what_they_bound():
+    rng = np.random.default_rng(4)
+    x, dy = rng.random((2, 3, 5)), rng.random((2, 3, 4))
+    W0, A, B = rng.random((4, 5)), rng.random((2, 5)), rng.random((4, 2))
+    assert linear_forward_bound(x, W0, A, B, 1.0, F64).shape == dy.shape
+    assert linear_forward_bound(x[0, 0], W0, A, B, 1.0, F64).shape == (4,)
+    assert merged_forward_bound(x, W0, F64).shape == dy.shape
+    for lead in ((), (0,), (0, 0)):
+        bounds = linear_backward_bound(dy[lead], x[lead], W0, A, B, 1.0, F64)
+        shapes = [getattr(bounds, name).shape for name in GRADIENTS]
+        assert shapes == [x[lead].shape, A.shape, B.shape, (4,)]
+        assert all(getattr(bounds, name).dtype == F64 for name in GRADIENTS)
+
+
+def test_wrong_arguments_are_refused():
+    x, W0, A, B = np.ones((2, 4)), np.ones((3, 4)), np.ones((2, 4)), np.ones((3, 2))
+    with pytest.raises(ShapeError, match=r"^B: "):
+        linear_forward_bound(x, W0, A, B.T, 1.0, F32)
+    with pytest.raises(ShapeError, match=r"^dy: "):
+        linear_backward_bound(x, x, W0, A, B, 1.0, F32)
+    with pytest.raises(ShapeError, match=r"^x: "):
+        merged_forward_bound(x, W0.T, F32)
+    with pytest.raises(DTypeError, match=r"^dtype: "):
+        linear_forward_bound(x, W0, A, B, 1.0, np.int8)
+    with pytest.raises(DTypeError, match=r"^tensor: .*got dtype"):
+        linear_forward_bound(x.astype(int), W0, A, B, 1.0, F32)
+    with pytest.raises(
+        ConfigError, match=r"^accumulator: expected at least the precision of float32, got bfloat16"
+    ):
+        linear_forward_bound(x, W0, A, B, 1.0, F32, accumulator=BF16)
