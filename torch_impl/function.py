@@ -151,8 +151,13 @@ class _LoraLinear(torch.autograd.Function):
                     dx.addcmul_(dyB @ A, multiplier, value=scaling)
                 dx = dx.to(ctx.x_dtype)
             if need_A:
-                dA = (dyB.t() @ (x if multiplier is None else x * multiplier)).to(ctx.A_dtype).mul_(scaling)
+                dA = _scaled(dyB.t() @ (x if multiplier is None else x * multiplier), scaling, ctx.A_dtype)
             if need_B:
                 # Computed as (r, out) and transposed: up to four times faster than dy^T xA.
-                dB = (xA.t() @ dy).t().to(ctx.B_dtype).mul_(scaling)
+                dB = _scaled((xA.t() @ dy).t(), scaling, ctx.B_dtype)
         return dx, None, None, dA, dB, None, None, None
+
+
+def _scaled(product: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """Return ``scaling * product`` in ``dtype``, multiplied in the wider dtype; ``product`` may be reused."""
+    return product.to(torch.promote_types(product.dtype, dtype)).mul_(scaling).to(dtype)
