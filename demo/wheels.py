@@ -1,24 +1,16 @@
 """Fetch a wheel through pip, so that whatever index the user configured is the one that is asked."""
 
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from loracle.files import cache_folder
 from loracle.reference import FileError
 
 Progress = Callable[[str], None]
-
-
-def cache_folder() -> Path:
-    """Return the folder for downloads: ``$LORACLE_CACHE``, or ``loracle`` in the user's cache folder."""
-    if chosen := os.environ.get("LORACLE_CACHE"):
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "loracle"
 
 
 def sha256(path: Path) -> str:

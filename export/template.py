@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from loracle.files import write_atomic
+from loracle.files import cache_folder, write_atomic
 
 _ALIASES = "loracle.aliases"
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
@@ -38,14 +37,6 @@ class GraphTemplate:
     def weights(self) -> list[ir.Value]:
         """The unbound initializers, in the order of the model's parameters."""
         return [self.model.graph.initializers[name] for name in self.aliases]
-
-
-def cache_folder() -> Path:
-    """`$LORACLE_CACHE`, or `loracle` in the user's cache directory."""
-    named = os.environ.get("LORACLE_CACHE")
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "loracle"
 
 
 def cache_key(config: Mapping[str, Any], dtype: np.dtype[Any]) -> str:

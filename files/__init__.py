@@ -2,6 +2,7 @@
 
 from .adapter import Adapter, LoraPair, read_adapter, write_adapter, write_adapter_files
 from .atomic import output_folder, write_atomic
+from .cache import cache_folder
 from .checkpoint import Checkpoint
 from .config import LoraConfig
 from .merged_checkpoint import MergedCheckpoint, write_merged_checkpoint
@@ -15,6 +16,7 @@ __all__ = [
     "LoraPair",
     "MergedCheckpoint",
     "MergedWeights",
+    "cache_folder",
     "copy_sidecars",
     "output_folder",
     "read_adapter",

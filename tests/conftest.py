@@ -1,8 +1,13 @@
 """Settings shared by all tests: one deterministic hypothesis profile, and GPU tests only where there is
 one."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import pytest
 from hypothesis import HealthCheck, settings
+
+from loracle.files import cache_folder
 
 settings.register_profile(
     "loracle",
@@ -31,3 +36,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if gpu and not _cuda_is_there():
         for item in gpu:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def users_cache() -> Path:
+    """Where a real model may have been put, whatever the tests' own cache is."""
+    return cache_folder()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(users_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Graphs traced by tests go to a cache of their own, one for the session."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORACLE_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def smollm2(users_cache: Path) -> Path:
+    """The real 135M-parameter model; fetched where it is not there yet."""
+    from loracle.demo.smollm2 import model_folder
+
+    return model_folder(users_cache)

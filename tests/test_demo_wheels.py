@@ -29,22 +29,6 @@ def index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(
-    ("variables", "expected"),
-    [
-        ({"LORACLE_CACHE": "/a", "XDG_CACHE_HOME": "/b"}, Path("/a")),
-        ({"XDG_CACHE_HOME": "/b"}, Path("/b/loracle")),
-        ({"HOME": "/home/someone"}, Path("/home/someone/.cache/loracle")),
-    ],
-)
-def test_cache_folder(variables: dict[str, str], expected: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LORACLE_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    assert wheels.cache_folder() == expected
-
-
 def test_a_wheel_is_fetched_once(index: Path, tmp_path: Path) -> None:
     digest = wheels.sha256(index / "tinydemo-1.0-py3-none-any.whl")
     said: list[str] = []
