@@ -21,6 +21,7 @@ from loracle.files import read_adapter, write_adapter_files
 from loracle.reference import NonFiniteError
 
 from .adapter_io import adapter_of, fill
+from .attention import AttentionChoice
 from .checkpoints import Checkpoints
 from .encoding import Encoded, collate
 from .loss import completion_loss
@@ -65,6 +66,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
             callbacks=[_Reporter(progress)],
         )
         self.remove_callback(PrinterCallback)
+        self._attention = AttentionChoice(model, bf16=bf16)
 
     def compute_loss(
         self,
@@ -75,6 +77,7 @@ class AdapterTrainer(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Return the loss over completions; see `completion_loss`."""
         assert not return_outputs
+        self._attention.choose(inputs["input_ids"].shape[1])
         return completion_loss(model, inputs, num_items_in_batch)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> LengthGroupedSampler:
