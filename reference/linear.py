@@ -87,7 +87,7 @@ def linear_backward(
         dx=_product(dy, W0) + _dropped(_product(dh, A), dropout),
         dA=_product(rows_dh.T, rows_x),
         dB=_scale(_product(rows_dy.T, rows_h), scaling),
-        dbias=rows_dy.sum(axis=0).astype(dy.dtype),
+        dbias=rows_dy.sum(axis=0),
     )
 
 

@@ -100,6 +100,6 @@ def _float32_to_odd(values: NDArray[np.float64]) -> NDArray[np.float32]:
     nearest = values.astype(np.float32)
     bits = nearest.view(np.int32)
     away = np.abs(nearest) > np.abs(values)
-    inexact = (nearest != values) & ~np.isnan(values)
+    inexact = nearest != values  # a NaN too, and setting its last bit leaves it one
     # Truncation is one step towards zero where rounding went away from it; then the last bit is set.
     return np.where(inexact, (bits - away) | 1, bits).view(np.float32)

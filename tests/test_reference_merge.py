@@ -20,6 +20,7 @@ from loracle.reference import (
     round_fraction,
 )
 from loracle.reference.formats import FORMATS, float_format
+from loracle.reference.merge_inputs import check_threads
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16, F32, F64 = (np.dtype(name) for name in ("f2", "f4", "f8"))
@@ -104,6 +105,27 @@ def test_three_scales_at_a_midpoint_need_the_rational_path_and_get_it(dtype):
     assert float(entry(1.0, products, 1.0, dtype)) == 1.0
 
 
+@BY_DTYPE
+def test_subnormal_sums_next_to_a_midpoint_are_rounded_by_what_lies_beyond_float32(dtype):
+    tiny = float_format(dtype).smallest_subnormal
+    scaling = min(1.0, tiny * 2.0**40)  # so that float64's own subnormals are reached from ordinary numbers
+    for multiple, below, above in ((0.5, 0, 1), (1.5, 1, 2), (6.5, 6, 7)):
+        for sign in (1, -1):
+            products = [(multiple * (tiny / scaling), 1.0), (sign * (tiny / scaling) * 2.0**-40, 1.0)]
+            assert float(entry(0.0, products, scaling, dtype)) == tiny * (above if sign > 0 else below)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_factors_that_cancel_leave_an_error_that_the_proof_sees(dtype):
+    """s B A is 2^-40 of its terms or less, so float64's rounding of those shows in the result."""
+    rng = np.random.default_rng(13)
+    A, B = rng.uniform(1, 2, (2, 60)), rng.uniform(1, 2, (40, 2))
+    A[1], B[:, 1] = A[0] * (1 + rng.uniform(-1, 1, 60) * 2.0**-40), -B[:, 0]
+    W0 = np.zeros((40, 60), dtype)
+    expected = merge_exact(W0, A, B, 1 / 3, dtype)
+    assert_same_bits(merge(W0, A, B, 1 / 3), expected)
+
+
 def test_bfloat16_is_not_rounded_through_float32():
     # float32 cannot hold the 2^-30 beside the 1, so it would see a tie and go to the even neighbour, 1.
     assert float(entry(1.0, [(2.0**-8, 1.0), (2.0**-30, 1.0)], 1.0, BF16)) == 1 + 2.0**-7
@@ -151,6 +173,7 @@ def test_a_zero_update_keeps_every_bit(dtype):
     ]
     for A, B, scaling in zero_updates:
         assert_same_bits(merge(W0, A, B, scaling), W0)
+        assert_same_bits(merge_exact(W0, A, B, scaling, dtype), W0)
 
 
 @BY_DTYPE
@@ -388,7 +411,7 @@ def test_a_nonfinite_weight_far_inside_is_found_in_row_order():
     [
         ((3000, 4000), 2, F32, 8),
         ((24_000_000, 1), 1, F16, 2),
-        ((1, 24_000_000), 1, F16, 2),
+        ((1, 24_000_000), 1, F32, 2),
         ((64, 2000), 16384, F32, 8),
     ],
     ids=str,
@@ -405,6 +428,16 @@ def test_extra_memory_stays_below_64_mib(shape, r, dtype, threads):
         tracemalloc.stop()
     assert out[0, 0] == 2
     assert peak < 64 * 2**20
+
+
+def test_threads_are_one_per_usable_cpu_and_8_at_most(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert check_threads(None) == 3
+    assert check_threads(1) == 1
+    assert check_threads(100) == 8
+    monkeypatch.delattr("os.sched_getaffinity")
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert check_threads(None) == 1
 
 
 def test_threads_are_gone_afterwards():
