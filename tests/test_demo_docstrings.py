@@ -73,6 +73,7 @@ def test_markup_is_made_plain(markup: str, plain: str) -> None:
         (f"Return the sum of both:\n\n{BODY}", False),
         (f".. function that adds them\n\n{BODY}", False),
         (f"The total is what comes back.\n\n{BODY}", False),
+        (f"The numbers are added one by one.\n\n{BODY}", False),
     ],
 )
 def test_what_is_a_pair(docstring: str, found: bool) -> None:
@@ -83,10 +84,11 @@ def test_a_signature_is_no_summary() -> None:
     assert split_docstring(f"add(x, y=(0, 1)) -> int\n\n{SUMMARY}\n\n{BODY}") == (BODY, SUMMARY)
 
 
+@pytest.mark.filterwarnings("error")
 def test_docstrings_in_the_order_of_paths_and_lines(tmp_path: Path) -> None:
     files = {
         "b.py": '"""B."""\nclass C:\n    """C."""\n    def f(self):\n        """f."""\n    def _g(self):\n'
-        '        """g."""\n',
+        '        """g."""\ndef k():\n    """k."""\n',
         "a/z.py": 'async def h():\n    """h."""\ndef bad():\n    """\\d is no escape."""\nraise SystemExit\n',
         "a.py": "x = 1\n",
         "tests/t.py": '"""T."""\n',
@@ -95,7 +97,7 @@ def test_docstrings_in_the_order_of_paths_and_lines(tmp_path: Path) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert list(docstrings(tmp_path)) == ["h.", "\\d is no escape.", "B.", "C.", "f."]
+    assert list(docstrings(tmp_path)) == ["h.", "\\d is no escape.", "B.", "C.", "f.", "k."]
 
 
 def test_what_is_no_source_is_refused(tmp_path: Path) -> None:

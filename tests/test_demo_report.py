@@ -94,6 +94,7 @@ def test_the_page_says_what_was_measured() -> None:
         "1,491 training and 3 held-out texts",
         "base 52.3, merged 52.4, unmerged 44.1.",
         "graph 1,021 nodes ✓ passed",
+        "ratio to the base model: merged 1.002 [0.991, 1.012]; unmerged 0.843 [0.830, 0.852]",
         "Save Salvechr F 12.3 Enregistrerchr F 100.0".replace("chr F", "chrF"),
         "10,000 bootstrap resamples",
         "The whole run took 10 min 12 s.",
@@ -226,10 +227,10 @@ def test_ticks(low: float, high: float, ticks: tuple[float, ...]) -> None:
 
 
 def test_charts_put_marks_where_the_numbers_are() -> None:
-    scatter = scatter_chart([0, 100], [100, 0], "chrF")
+    scatter = scatter_chart([0, 100, 50], [100, 50, 75], "chrF")
     assert 'cx="40.0" cy="12.0"' in scatter
-    assert 'cx="228.0" cy="200.0"' in scatter
-    assert "1 of 2 improved" in scatter
+    assert 'cx="228.0" cy="106.0"' in scatter
+    assert "2 of 3 improved" in scatter
     loss = loss_chart([4.0, 2.0, 0.0])
     assert 'points="129.3,106.0 218.7,106.0 308.0,106.0"' in loss
     assert loss.count('class="mark faint"') == 3
