@@ -1,6 +1,8 @@
 """A causal language model and its tokenizer, from a folder or, where a hub is reachable, by name."""
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,20 @@ def check_model_source(source: str) -> None:
         raise FileError(f"{folder}: expected a model folder, got {found}; check --model")
 
 
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Keep transformers' own progress bars off stderr, which belongs to the caller."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
 def load_model(source: str, *, bf16: bool) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model on the CPU.
 
@@ -54,9 +70,10 @@ def load_model(source: str, *, bf16: bool) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
         stored = getattr(config, "dtype", None)
         dtype = torch.bfloat16 if bf16 and stored in (torch.bfloat16, "bfloat16") else torch.float32
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, local_files_only=local
-        )
+        with without_progress_bars():
+            model = transformers.AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, local_files_only=local
+            )
     except (OSError, ValueError, KeyError) as error:
         what = "a model folder" if local else "a folder, or a model's name on a hub that can be reached"
         raise FileError(f"{source}: expected {what}, got: {error}") from error
