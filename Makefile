@@ -44,8 +44,14 @@ lint: .venv/dev.stamp
 		$(SOURCES:%=-p loracle.%)
 	$(BIN)/lint-imports
 
-bench: .venv/dev.stamp
+.venv-peers/stamp: benchmarks/peers.txt
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet -r benchmarks/peers.txt
+	@touch $@
+
+bench: .venv/dev.stamp .venv-peers/stamp
 	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.export --optimum .venv-peers/bin/python
 
 clean:
-	rm -rf .venv demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

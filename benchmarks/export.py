@@ -1,9 +1,9 @@
 """From a base model and an adapter to ONNX: loracle against PEFT + Optimum and PEFT + onnxruntime-genai.
 
-Every step is a fresh process; the three ways run in turn, `--rounds` times; the smallest time and the largest
-peak count. First the results are compared: the last logits of a prompt, run through onnxruntime.
+Every step is a fresh process; the ways run in turn, `--rounds` times; median seconds and largest peak count. The
+results are compared too: the logits after a prompt, run through onnxruntime.
 
-    python -m benchmarks.export --peers PEERS_PYTHON [--rounds 3] [--out benchmarks/results/export.json]
+    python -m benchmarks.export --optimum PYTHON [--rounds 3] [--out benchmarks/results/export.json]
 """
 
 from __future__ import annotations
@@ -41,24 +41,38 @@ AutoTokenizer.from_pretrained(base).save_pretrained(out)
 """
 
 
-def _ways(
-    python: str, base: Path, adapter: Path, work: Path, cache: Path
-) -> dict[str, tuple[Path, list[list[str]]]]:
+def _ways(optimum: str, base: Path, adapter: Path, work: Path) -> dict[str, tuple[Path, list[list[str]]]]:
     """Name -> (folder with model.onnx, the commands that make it)."""
     merged = str(work / "merged")
-    merge = [python, "-c", _PEFT_MERGE, str(base), str(adapter), merged]
-    task = ["--task", "text-generation-with-past", "--no-post-process"]
-    optimum = [python, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", merged, *task]
-    genai = [python, "-m", "onnxruntime_genai.models.builder", "-m", merged, "-p", "fp32", "-e", "cpu"]
+
+    def merge(python: str) -> list[str]:
+        return [python, "-c", _PEFT_MERGE, str(base), str(adapter), merged]
+
     ours = [sys.executable, "-m", "loracle.cli", "export", "--model", str(base), "--adapter", str(adapter)]
+    builder = [
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-m",
+        merged,
+        "-p",
+        "fp32",
+        "-e",
+        "cpu",
+    ]
+    exporter = [optimum, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", merged]
+    exporter += ["--task", "text-generation-with-past", "--no-post-process"]
     return {
         "loracle, graph cached": (work / "loracle", [[*ours, "--out", str(work / "loracle")]]),
         "loracle, first export": (work / "first", [[*ours, "--out", str(work / "first")]]),
         "PEFT + genai builder": (
             work / "genai",
-            [merge, [*genai, "-o", str(work / "genai"), "-c", str(cache)]],
+            [
+                merge(sys.executable),
+                [*builder, "-o", str(work / "genai"), "-c", str(work / "genai-cache")],
+            ],
         ),
-        "PEFT + Optimum": (work / "optimum", [merge, [*optimum, str(work / "optimum")]]),
+        "PEFT + Optimum": (work / "optimum", [merge(optimum), [*exporter, str(work / "optimum")]]),
     }
 
 
@@ -93,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--peers", required=True, help="Python with the packages of benchmarks/peers.txt")
+    parser.add_argument("--optimum", required=True, help="Python with the packages of benchmarks/peers.txt")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/export.json"))
     arguments = parser.parse_args()
@@ -107,8 +121,8 @@ def main() -> None:
             "HF_HUB_OFFLINE": "1",
             "TOKENIZERS_PARALLELISM": "false",
         }
-        ways = _ways(arguments.peers, base, adapter, work, work / "genai-cache")
-        measure(ways["loracle, graph cached"][1][0], environment)  # fills the cache
+        ways = _ways(arguments.optimum, base, adapter, work)
+        measure(ways["loracle, graph cached"][1][0], environment)  # fills the cache, and is not counted
         parity: dict[str, float] = {}
         expected = None
         for _ in range(arguments.rounds):
