@@ -462,6 +462,15 @@ def test_almost_everything_is_settled_in_float64(monkeypatch):
     assert sum(settled) <= 100
 
 
+@pytest.mark.parametrize("factors", [(0, 1, 1), (1, 0, 1), (1, 1, 0)], ids=["A", "B", "scaling"])
+def test_an_update_that_is_zero_throughout_is_a_conversion_without_arithmetic(monkeypatch, factors):
+    monkeypatch.setitem(merge.__globals__, "BlockMerger", None)
+    W0 = gaussian(np.random.default_rng(14), (5, 6), 1.0)
+    a, b, scaling = factors
+    merged = merge(W0, np.full((2, 6), a, F32), np.full((5, 2), b, F32), float(scaling), dtype=BF16)
+    assert_same_bits(merged, W0.astype(BF16))
+
+
 def test_ties_are_settled_without_rational_arithmetic(monkeypatch):
     from loracle.reference import merge_entries
 
