@@ -1,7 +1,7 @@
 """From a base model and an adapter to ONNX: loracle against PEFT + Optimum and PEFT + onnxruntime-genai.
 
-Every step is a fresh process; the ways run in turn, `--rounds` times; median seconds and largest peak count. The
-results are compared too: the logits after a prompt, run through onnxruntime.
+Every step is a fresh process; the ways run in turn, `--rounds` times; median seconds and largest peak count.
+The results are compared too: the logits after a prompt, run through onnxruntime.
 
     python -m benchmarks.export --optimum PYTHON [--rounds 3] [--out benchmarks/results/export.json]
 """
