@@ -3,7 +3,7 @@
 Interleaved in one process, same threads; the merged graph is node for node the base's, so the expected ratio
 is 1. A floor beside it: every weight is read once a token.
 
-    python -m benchmarks.decode [--rounds 25] [--tokens 32] [--out benchmarks/results/decode.json]
+    python -m benchmarks.decode [--rounds 20] [--tokens 48] [--out benchmarks/results/decode.json]
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rounds", type=int, default=25)
-    parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/decode.json"))
     arguments = parser.parse_args()

@@ -91,11 +91,11 @@ def run_task(task: Task, files: TaskFiles, model: Path, base: Path, root: Path, 
     with stage(f"{task.name}: answers of the tuned model") as advance:
         tuned_answers = answer(folders.onnx, heldout, task.max_new_tokens, advance)
     before, after = (_score(task, given, heldout) for given in (base_answers, tuned_answers))
-    with stage(f"{task.name}: decode speed"):
+    with stage(f"{task.name}: decode speed") as advance:
         export_unmerged(model, folders.adapter, folders.unmerged)
         graphs = {"base": base, "merged": folders.onnx, "unmerged": folders.unmerged}
         prompt = TextModel(base).encode_prompt(heldout.prompts[0], system=heldout.system)
-        speeds = measure_decode(graphs, prompt, prompt[:_DECODED])
+        speeds = measure_decode(graphs, prompt, prompt[:_DECODED], progress=advance)
         shutil.rmtree(folders.unmerged)  # made to be measured, not to be used
     return TaskReport(
         task=task,

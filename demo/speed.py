@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from loracle.export import DecoderSession, open_session
-
-from .wheels import Progress
+from loracle.export import DecoderSession
 
 
 @dataclass(frozen=True)
@@ -46,34 +44,43 @@ def measure_decode(
     prompt: Sequence[int],
     tokens: Sequence[int],
     *,
-    rounds: int = 15,
+    rounds: int = 8,
+    repeats: int = 3,
     threads: int = 0,
-    progress: Progress | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, DecodeSpeed]:
-    """Decode the same tokens with every folder's model, in turn, `rounds` times.
+    """Decode the same tokens with every folder's model, in turn.
 
-    The order rotates from round to round; one round before the first is not counted. All sessions are open
-    throughout and share the process, its threads and its memory.
+    Each round opens every session anew and times each `repeats` times, in turn, keeping the median: where a
+    session's memory happens to lie makes it a few percent faster or slower for as long as it lives, so two
+    sessions opened once would differ even over one model. The order rotates from round to round.
 
     Args:
         folders: name to exported folder; the first is what ratios refer to.
         prompt: tokens before the timed ones.
         tokens: tokens decoded one a step.
+        rounds: how often sessions are opened; the interval is over rounds.
+        progress: called with (rounds done, rounds).
     """
     names = list(folders)
-    length = len(prompt) + len(tokens)
-    sessions = {
-        name: DecoderSession(open_session(folder, threads), length) for name, folder in folders.items()
-    }
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
-        if progress is not None and number:
-            progress(f"decode speed, round {number} of {rounds}")
+    for number in range(rounds):
         turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
-            taken = decode_seconds(sessions[name], prompt, tokens)
-            if number:
-                seconds[name].append(taken)
+        order = names[turn:] + names[:turn]
+        sessions = {
+            name: DecoderSession(folders[name], len(prompt) + len(tokens), threads=threads) for name in order
+        }
+        for name in order:
+            decode_seconds(sessions[name], prompt, tokens[:1])
+        timed: dict[str, list[float]] = {name: [] for name in names}
+        for _ in range(repeats):
+            for name in order:
+                timed[name].append(decode_seconds(sessions[name], prompt, tokens))
+        for name in names:
+            seconds[name].append(float(np.median(timed[name])))
+        del sessions
+        if progress is not None:
+            progress(number + 1, rounds)
     first = np.asarray(seconds[names[0]])
     result = {}
     for name in names:

@@ -155,7 +155,11 @@ def _check_checkpoint(
         differences = compare_tensors(
             candidate.tensor, common, weights, frozenset(weights.merged_names), None, base, progress
         )
-        return [_bits_check("tensors are the correctly rounded merge", want, weights, failures, differences)]
+        return [
+            _bits_check(
+                "checkpoint's tensors are the correctly rounded merge", want, weights, failures, differences
+            )
+        ]
 
 
 def _bits_check(

@@ -1,0 +1,62 @@
+"""Decode speed is measured in turn, on the same tokens, and its interval is what bootstrap says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from export_fixtures import make_model
+
+from loracle.demo import speed
+from loracle.export import export
+
+
+def test_every_folder_is_timed_in_turn_and_the_first_is_the_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(make_model(tmp_path / "base"), tmp_path / "one")
+    export(tmp_path / "base", tmp_path / "two")
+    timed: list[tuple[int, int]] = []
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0, 9.0, 9.0, 4.0, 1.0, 4.0, 1.0, 4.0, 1.0])
+
+    def clock(session: speed.DecoderSession, prompt: list[int], tokens: list[int]) -> float:
+        timed.append((id(session), len(tokens)))
+        return next(seconds)
+
+    monkeypatch.setattr(speed, "decode_seconds", clock)
+    rounds: list[tuple[int, int]] = []
+    result = speed.measure_decode(
+        {"one": tmp_path / "one", "two": tmp_path / "two"},
+        [1, 2],
+        [3, 4, 5, 6],
+        rounds=2,
+        progress=lambda done, total: rounds.append((done, total)),
+    )
+    assert [count for _, count in timed] == [1, 1, 4, 4, 4, 4, 4, 4] * 2
+    assert timed[2][0] != timed[3][0]
+    assert timed[2][0] == timed[4][0]
+    assert rounds == [(1, 2), (2, 2)]
+    # Round 1: one 1 s, two 2 s. Round 2 starts with two: two 4 s, one 1 s.
+    assert result["one"] == speed.DecodeSpeed(4.0, 1.0, 1.0, 1.0)
+    assert result["two"].tokens_per_second == 4 / 3
+    assert result["two"].ratio == (1 / 2 + 1 / 4) / 2
+
+
+def test_real_seconds_grow_with_the_tokens(tmp_path: Path) -> None:
+    export(make_model(tmp_path / "base"), tmp_path / "one")
+    session = speed.DecoderSession(tmp_path / "one", 128)
+    few, many = (
+        min(speed.decode_seconds(session, [1, 2], [5] * count) for _ in range(5)) for count in (1, 100)
+    )
+    assert 0 < few < many
+
+
+def test_median_interval_encloses_the_median_and_narrows() -> None:
+    rng = np.random.default_rng(0)
+    wide = speed.median_interval(rng.normal(1.0, 0.1, 10))
+    narrow = speed.median_interval(rng.normal(1.0, 0.1, 1000))
+    for value, low, high in (wide, narrow):
+        assert low <= value <= high
+    assert narrow[2] - narrow[1] < wide[2] - wide[1]
+    assert speed.median_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)
