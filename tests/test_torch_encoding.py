@@ -145,16 +145,15 @@ def test_encode_all_counts_what_it_changed_and_left_out() -> None:
         encode_all(tokenizer, examples, 3)
 
 
-def test_collate_pads_on_the_right_to_a_multiple_of_eight() -> None:
+def test_collate_pads_on_the_right_to_the_longest() -> None:
     nine = Encoded(tuple(range(1, 10)), (IGNORED, *range(2, 10)))
     two = Encoded((7, 8), (IGNORED, 8))
     batch = collate([nine, two])
     assert {name: tuple(tensor.shape) for name, tensor in batch.items()} == dict.fromkeys(
-        ("input_ids", "attention_mask", "labels"), (2, 16)
+        ("input_ids", "attention_mask", "labels"), (2, 9)
     )
-    assert batch["input_ids"][1].tolist() == [7, 8] + [0] * 14
+    assert batch["input_ids"][1].tolist() == [7, 8] + [0] * 7
     assert batch["attention_mask"].sum(dim=1).tolist() == [9, 2]
     assert batch["attention_mask"][1, :2].tolist() == [1, 1]
-    assert batch["labels"][0].tolist() == [IGNORED, *range(2, 10), *[IGNORED] * 7]
+    assert batch["labels"].tolist() == [[IGNORED, *range(2, 10)], [IGNORED, 8, *[IGNORED] * 7]]
     assert all(tensor.dtype is torch.int64 for tensor in batch.values())
-    assert collate([Encoded((1,) * 8, (1,) * 8)])["input_ids"].shape == (1, 8)

@@ -63,6 +63,7 @@ def test_ranks_and_scalings_by_pattern_are_those_of_peft() -> None:
         "lora_alpha": 3,
         "use_rslora": True,
         "target_modules": ("q_proj", "v_proj"),
+        "lora_dropout": 0.25,
         "rank_pattern": {"layers.1.self_attn.q_proj": 4},
         "alpha_pattern": {"v_proj": 5},
     }
@@ -72,6 +73,7 @@ def test_ranks_and_scalings_by_pattern_are_those_of_peft() -> None:
     assert {path: (layer.r, layer.scaling) for path, layer in lora_layers(model).items()} == {
         path: (layer.r["default"], layer.scaling["default"]) for path, layer in expected.items()
     }
+    assert {layer.dropout for layer in lora_layers(model).values()} == {0.25}
 
 
 @pytest.mark.parametrize(

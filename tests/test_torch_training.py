@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from loracle.files import read_adapter
 from loracle.reference import ConfigError, DataError, FileError, NonFiniteError, TargetError
 from loracle.torch_impl import FinetuneOptions, FinetuneResult, finetune, load_adapter, lora_layers
+from loracle.torch_impl.attention import AttentionChoice
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.png", "training.json"]
 
@@ -277,3 +278,13 @@ def test_nothing_is_printed(
 ) -> None:
     finetune(options(epochs=1))
     assert capfd.readouterr() == ("", "")
+
+
+def test_attention_is_chosen_for_each_batch(
+    options: Callable[..., FinetuneOptions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    monkeypatch.setattr(AttentionChoice, "choose", lambda _, length: lengths.append(length))
+    result = finetune(options(epochs=1, batch_size=1))
+    assert len(lengths) == 11
+    assert sum(lengths) == result.tokens

@@ -100,10 +100,9 @@ def collate(examples: Sequence[Encoded]) -> dict[str, Tensor]:
     """Stack examples as ``input_ids``, ``attention_mask`` and ``labels``, (batch, length) int64, padded on
     the right.
 
-    The length is the longest example's, rounded up to a multiple of 8: fewer distinct shapes for the
-    kernels' caches.
+    The length is the longest example's: rounding it up to a friendlier number costs more than it saves.
     """
-    length = -(-max(len(one.input_ids) for one in examples) // 8) * 8
+    length = max(len(one.input_ids) for one in examples)
 
     def padded(rows: Iterable[Sequence[int]], filler: int) -> Tensor:
         return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], dtype=torch.int64)

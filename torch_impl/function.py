@@ -111,15 +111,13 @@ class _LoraLinear(torch.autograd.Function):
         multiplier: Tensor | None,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.x_dtype, ctx.A_dtype, ctx.B_dtype, ctx.scaling = x.dtype, A.dtype, B.dtype, scaling
+        ctx.A_dtype, ctx.B_dtype, ctx.scaling = A.dtype, B.dtype, scaling
         x, W0, A, B = x.to(dtype), W0.to(dtype), A.to(dtype), B.to(dtype)
         bias = None if bias is None else bias.to(dtype)
         multiplier = None if multiplier is None else multiplier.to(dtype)
-        # The casts above are the only ones: autocast must not cast float32 operands a second time.
-        with torch.autocast(x.device.type, enabled=False):
-            y = nn.functional.linear(x, W0, bias)  # (N, out)
-            xA = nn.functional.linear(x if multiplier is None else x * multiplier, A)  # (N, r)
-            y.addmm_(xA, B.t(), alpha=scaling)
+        y = nn.functional.linear(x, W0, bias)  # (N, out)
+        xA = nn.functional.linear(x if multiplier is None else x * multiplier, A)  # (N, r)
+        y.addmm_(xA, B.t(), alpha=scaling)
         # What a gradient needs is kept only when that gradient is asked for.
         need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         ctx.save_for_backward(
@@ -139,6 +137,7 @@ class _LoraLinear(torch.autograd.Function):
         need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
         scaling = ctx.scaling
         dx = dA = dB = None
+        # All operands have one dtype; an autocast that forward did not see must not change it.
         with torch.autocast(dy.device.type, enabled=False):
             if need_x or need_A:
                 # B^T made contiguous (r, out): reading B's rows of r numbers takes twice the time.
@@ -149,7 +148,6 @@ class _LoraLinear(torch.autograd.Function):
                     dx.addmm_(dyB, A, alpha=scaling)
                 else:
                     dx.addcmul_(dyB @ A, multiplier, value=scaling)
-                dx = dx.to(ctx.x_dtype)
             if need_A:
                 dA = _scaled(dyB.t() @ (x if multiplier is None else x * multiplier), scaling, ctx.A_dtype)
             if need_B:
