@@ -1,5 +1,6 @@
 """The demo's result in the terminal."""
 
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
@@ -13,7 +14,11 @@ def task_table(report: TaskReport) -> Table:
     Every string is plain text to rich: brackets in a name or a figure are not markup.
     """
     table = Table(
-        title=Text(f"{report.task.name}: {report.task.title}"), title_justify="left", header_style="dim"
+        title=Text(f"{report.task.name}: {report.task.title}"),
+        title_justify="left",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
     table.add_column("")
     table.add_column("base", justify="right")
@@ -40,7 +45,7 @@ def _rows(report: TaskReport) -> list[tuple[str, str, str, str]]:
         ),
         (
             "parameters, trained",
-            figures.count(report.total_parameters),
+            figures.count(report.total_parameters - report.trainable_parameters),
             figures.count(report.trainable_parameters),
             f"{figures.share(report.trainable_parameters, report.total_parameters)}, "
             f"{figures.duration(report.training_seconds)}",
