@@ -30,10 +30,10 @@ demo: .venv/run.stamp
 	$(BIN)/python -m loracle.demo --out demo-out
 
 test: .venv/dev.stamp
-	$(BIN)/python -m pytest -q -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow'
 
 test-all: .venv/dev.stamp lint
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 # mypy reads the namespace `loracle` off a folder that holds it under that name.
 lint: .venv/dev.stamp
