@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from loracle.reference import FileError
 
@@ -52,6 +53,20 @@ def without_progress_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' progress bars, reports and warnings off stderr; its errors are raised anyway."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with without_progress_bars():
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+
+
 def load_model(source: str, *, bf16: bool) -> tuple[Any, Any]:
     """Return (model, tokenizer), the model on the CPU.
 
@@ -70,11 +85,17 @@ def load_model(source: str, *, bf16: bool) -> tuple[Any, Any]:
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, local_files_only=local)
         stored = getattr(config, "dtype", None)
         dtype = torch.bfloat16 if bf16 and stored in (torch.bfloat16, "bfloat16") else torch.float32
-        with without_progress_bars():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                source, config=config, dtype=dtype, local_files_only=local
+        with quiet_transformers():
+            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+                source, config=config, dtype=dtype, local_files_only=local, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         what = "a model folder" if local else "a folder, or a model's name on a hub that can be reached"
         raise FileError(f"{source}: expected {what}, got: {error}") from error
+    # transformers would go on with random numbers in their place.
+    if report["missing_keys"]:
+        raise FileError(
+            f"{source}: expected the weight {min(report['missing_keys'])}, got a checkpoint without it; "
+            "was the copy complete?"
+        )
     return model, tokenizer

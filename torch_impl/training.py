@@ -5,7 +5,6 @@ import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from .checkpoints import Checkpoints
 from .data import read_examples
 from .encoding import Encoded, EncodedData, collate, encode_all
 from .inject import inject
-from .loading import check_model_source, load_model, native_bf16
+from .loading import check_model_source, load_model, native_bf16, quiet_transformers
 from .loss import mean_loss
 from .options import FinetuneOptions
 from .plot import loss_plot
@@ -92,7 +91,7 @@ def finetune(options: FinetuneOptions, progress: Progress | None = None) -> Fine
         resume_from = checkpoints.open(_identity(options, bf16), resume=options.resume)
         success = False
         try:
-            with _quiet_transformers():
+            with quiet_transformers():
                 model, tokenizer = load_model(options.model, bf16=bf16)
                 data = encode_all(tokenizer, examples, options.max_length)
                 held = None if held_out is None else encode_all(tokenizer, held_out, options.max_length)
@@ -173,17 +172,3 @@ def _identity(options: FinetuneOptions, bf16: bool) -> dict[str, Any]:
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Keep transformers' own progress bars off the terminal while the block runs."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
