@@ -29,6 +29,13 @@ def test_the_latest_checkpoint_is_found_and_the_earlier_are_gone(tmp_path: Path)
     assert checkpoints.open(RUN, resume=True) == tmp_path / "out.checkpoints" / "checkpoint-10"
 
 
+def test_the_latest_is_the_one_of_the_most_steps(tmp_path: Path) -> None:
+    """Two are there when the machine stopped between the arrival of one and the removal of the other."""
+    checkpoints = interrupted(tmp_path / "out", 10)
+    (checkpoints.folder / "checkpoint-9").mkdir()
+    assert checkpoints.open(RUN, resume=True) == checkpoints.folder / "checkpoint-10"
+
+
 def test_without_a_checkpoint_a_run_starts_from_the_beginning(tmp_path: Path) -> None:
     checkpoints = interrupted(tmp_path / "out")
     assert not checkpoints.folder.exists()

@@ -16,6 +16,9 @@ from loracle.files import read_adapter
 from loracle.reference import ConfigError, DataError, FileError, NonFiniteError, TargetError
 from loracle.torch_impl import FinetuneOptions, FinetuneResult, finetune, load_adapter, lora_layers
 from loracle.torch_impl.attention import AttentionChoice
+from loracle.torch_impl.data import read_examples
+from loracle.torch_impl.encoding import encode_all
+from loracle.torch_impl.sampling import LengthGroupedSampler
 
 FILES = ["adapter_config.json", "adapter_model.safetensors", "loss.png", "training.json"]
 
@@ -233,7 +236,7 @@ def test_peft_loads_what_was_trained(options: Callable[..., FinetuneOptions], mo
 def test_divergence_is_reported_and_nothing_written(
     options: Callable[..., FinetuneOptions], tmp_path: Path
 ) -> None:
-    with pytest.raises(NonFiniteError, match="lower the learning rate"):
+    with pytest.raises(NonFiniteError, match=r"^loss: .*lower the learning rate"):
         finetune(options(lr=1e38, epochs=4))
     assert not any(tmp_path.iterdir())
 
@@ -280,11 +283,18 @@ def test_nothing_is_printed(
     assert capfd.readouterr() == ("", "")
 
 
-def test_attention_is_chosen_for_each_batch(
+def test_batches_are_grouped_by_length_and_attention_chosen_for_each(
     options: Callable[..., FinetuneOptions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lengths: list[int] = []
-    monkeypatch.setattr(AttentionChoice, "choose", lambda _, length: lengths.append(length))
-    result = finetune(options(epochs=1, batch_size=1))
-    assert len(lengths) == 11
-    assert sum(lengths) == result.tokens
+    seen: list[int] = []
+    monkeypatch.setattr(AttentionChoice, "choose", lambda _, length: seen.append(length))
+    finetune(options(epochs=2, batch_size=2, seed=3))
+    examples = encode_all(byte_tokenizer(), read_examples(options().data), 512).examples
+    lengths = [len(example.input_ids) for example in examples]
+    sampler = LengthGroupedSampler(lengths, 2, 3)
+    expected: list[int] = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        expected += [max(lengths[i] for i in order[at : at + 2]) for at in range(0, 11, 2)]
+    assert seen == expected
