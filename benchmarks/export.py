@@ -76,8 +76,11 @@ def _ways(optimum: str, base: Path, adapter: Path, work: Path) -> dict[str, tupl
     }
 
 
-def last_logits(folder: Path, ids: Sequence[int]) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """The logits (vocabulary,) after `ids`, from an empty cache, whatever inputs the model takes."""
+def last_logits(
+    folder: Path, base: Path, ids: Sequence[int]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    """The logits (vocabulary,) after `ids`, from an empty cache of `base`'s shape."""
+    config = json.loads((base / "config.json").read_text())
     session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
     tokens = np.array([ids], np.int64)
     feeds = {
@@ -87,7 +90,9 @@ def last_logits(folder: Path, ids: Sequence[int]) -> np.ndarray[tuple[int, ...],
     }
     for entry in session.get_inputs():
         if entry.name.startswith("past_key_values"):
-            feeds[entry.name] = np.zeros((1, entry.shape[1], 0, entry.shape[3]), np.float32)
+            feeds[entry.name] = np.zeros(
+                (1, config["num_key_value_heads"], 0, config["head_dim"]), np.float32
+            )
     wanted = {entry.name for entry in session.get_inputs()}
     logits = session.run(["logits"], {name: feed for name, feed in feeds.items() if name in wanted})[0]
     result: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = logits[0, -1]
@@ -95,11 +100,14 @@ def last_logits(folder: Path, ids: Sequence[int]) -> np.ndarray[tuple[int, ...],
 
 
 def _compatible(base: Path, out: Path) -> Path:
-    """A copy of `base` whose config.json older transformers read as well (rope_theta at the top)."""
+    """A copy of `base` for older transformers: rope_theta at the top, a tokenizer class they know."""
     shutil.copytree(base, out)
     config = json.loads((out / "config.json").read_text())
     config["rope_theta"] = config["rope_parameters"]["rope_theta"]
     (out / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
+    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
     return out
 
 
@@ -136,7 +144,7 @@ def main() -> None:
                     Measured(sum(s.seconds for s in steps), max(s.peak_bytes for s in steps))
                 )
                 if name not in parity:
-                    logits = last_logits(folder, PROMPT)
+                    logits = last_logits(folder, base, PROMPT)
                     expected = logits if expected is None else expected
                     parity[name] = float(np.abs(logits - expected).max())
                     if int(logits.argmax()) != int(expected.argmax()):

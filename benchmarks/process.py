@@ -20,7 +20,7 @@ class Measured:
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Measured:
     """Run `command` to its end.
 
-    Raises subprocess.CalledProcessError, with what it printed, where it does not exit with 0.
+    Raises SystemExit, with the last lines it printed, where it does not exit with 0.
     """
     start = time.perf_counter()
     process = subprocess.Popen(
@@ -33,7 +33,6 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
     process.returncode = os.waitstatus_to_exitcode(status)
     process.stdout.close()
     if process.returncode != 0:
-        raise subprocess.CalledProcessError(
-            process.returncode, list(command), output.decode(errors="replace")
-        )
+        lines = output.decode(errors="replace").splitlines()[-8:]
+        raise SystemExit("\n".join([f"exit code {process.returncode}: {' '.join(command[:3])}", *lines]))
     return Measured(seconds, usage.ru_maxrss * 1024)

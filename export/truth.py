@@ -22,7 +22,7 @@ from loracle.files import Adapter
 from loracle.reference import ConfigError, product_noise
 from loracle.torch_impl.adapter_io import load_adapter
 from loracle.torch_impl.layers import LoraLinear
-from loracle.torch_impl.loading import without_progress_bars
+from loracle.torch_impl.loading import quiet_transformers
 
 #: The tolerance is this many times the largest deviation sampled: the maximum of a few draws lies below the
 #: maximum over all draws, and roundings outside the matrix products are not sampled. It can be small, for
@@ -128,7 +128,7 @@ class Float64Model:
     def __init__(self, model_dir: str | Path, adapter: Adapter | None) -> None:
         transformers.AttentionInterface.register(_ATTENTION, _attention)
         transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
-        with without_progress_bars():
+        with quiet_transformers():
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 model_dir, dtype=torch.float64, attn_implementation=_ATTENTION, local_files_only=True
             )
