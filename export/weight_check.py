@@ -90,6 +90,7 @@ def compare_tensors(
         difference = compare_tensor(name, candidate(name), source.tensor(held, dtype), without)
         if difference is not None:
             found.append(difference)
+        source.release(held)
         if progress is not None:
             progress(done, len(pairs))
     return found

@@ -33,6 +33,8 @@ class WeightSource(Protocol):
 
     def tensor(self, name: str, dtype: Any = None) -> np.ndarray[Any, Any]: ...
 
+    def release(self, name: str) -> None: ...
+
 
 def checkpoint_name(template: GraphTemplate, weight: str, source: WeightSource) -> str:
     """The name under which `source` holds `weight` or a weight tied to it.
@@ -123,6 +125,8 @@ def write_model(
             placed.append((value, data.tell()))
             write_array(data, tensor)
             done += tensor.nbytes
+            if name in found:
+                source.release(found[name])
             if progress is not None:
                 progress(done, total)
     for value, offset in placed:

@@ -69,6 +69,10 @@ class MergedWeights:
         """
         return self._compute(name, self.checkpoint.tensor(name), self._pairs.get(name), dtype, name)
 
+    def release(self, name: str) -> None:
+        """Let go of the memory that the mapped tensor takes; reading it again brings it back."""
+        self.checkpoint.release(name)
+
     def rows(self, name: str, start: int, stop: int, dtype: DTypeLike | None = None) -> NDArray[Any]:
         """Return ``tensor(name, dtype)[start:stop]`` without computing the rest; the same bits."""
         pair = self._pairs.get(name)
