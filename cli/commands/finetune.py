@@ -83,4 +83,14 @@ def command(
         if as_json:
             typer.echo(json.dumps(dataclasses.asdict(result), default=str))
         else:
-            typer.echo(str(result))
+            tenth = max(1, len(result.losses) // 10)
+            first, last = (sum(part) / tenth for part in (result.losses[:tenth], result.losses[-tenth:]))
+            typer.echo(
+                f"{out}: {result.steps} steps in {result.seconds:.0f} s, loss {first:.3f} to {last:.3f}, "
+                f"{result.trainable:,} of {result.total:,} parameters trained"
+            )
+            if result.shortened or result.left_out:
+                typer.echo(
+                    f"{result.shortened} examples shortened and {result.left_out} left out "
+                    f"to fit --max-length {max_length}"
+                )
