@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
-import time
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+
+# A small process in between: Linux counts the memory of the process that forked into the child's peak.
+_LAUNCHER = """
+import json, os, subprocess, sys, time
+start = time.perf_counter()
+process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+_, status, usage = os.wait4(process.pid, 0)
+code = os.waitstatus_to_exitcode(status)
+print(json.dumps([code, time.perf_counter() - start, usage.ru_maxrss * 1024]))
+"""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Wall seconds, and the largest resident set of the process or any of its children, in bytes."""
+    """Wall seconds, and the largest resident set of the process, in bytes."""
 
     seconds: float
     peak_bytes: int
@@ -22,17 +33,15 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
 
     Raises SystemExit, with the last lines it printed, where it does not exit with 0.
     """
-    start = time.perf_counter()
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, **(environment or {})}
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _LAUNCHER, *command],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **(environment or {})},
     )
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - start
-    process.returncode = os.waitstatus_to_exitcode(status)
-    process.stdout.close()
-    if process.returncode != 0:
-        lines = output.decode(errors="replace").splitlines()[-8:]
-        raise SystemExit("\n".join([f"exit code {process.returncode}: {' '.join(command[:3])}", *lines]))
-    return Measured(seconds, usage.ru_maxrss * 1024)
+    code, seconds, peak = json.loads(done.stdout)
+    if code != 0:
+        lines = done.stderr.splitlines()[-8:]
+        raise SystemExit("\n".join([f"exit code {code}: {' '.join(command[:3])}", *lines]))
+    return Measured(seconds, peak)
