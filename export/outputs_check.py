@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from loracle.files import Adapter
-from loracle.reference import unit_roundoff
 
 from .candidate import Candidate
 from .generate import greedy
@@ -81,9 +80,7 @@ def check_outputs(
         for prompt in prompts
     ]
     del session
-    truths = Float64Model(model_dir, adapter).evaluate(
-        [run.ids[:-1] for run in runs], unit_roundoff(candidate.dtype)
-    )
+    truths = Float64Model(model_dir, adapter).evaluate([run.ids[:-1] for run in runs], candidate.dtype)
     error = tolerance = worst = 0.0
     outside: list[str] = []
     tokens: list[str] = []

@@ -19,7 +19,7 @@ from torch import nn
 from transformers.masking_utils import eager_mask
 
 from loracle.files import Adapter
-from loracle.reference import ConfigError, product_noise
+from loracle.reference import ConfigError, product_noise, unit_roundoff
 from loracle.torch_impl.adapter_io import load_adapter
 from loracle.torch_impl.layers import LoraLinear
 from loracle.torch_impl.loading import quiet_transformers
@@ -41,14 +41,16 @@ class RoundingNoise:
     """
 
     def __init__(self) -> None:
-        self._roundoff = 0.0
+        self._stored = self._accumulated = 0.0
         self._deviations: list[torch.Tensor] | None = None
         self._next: int | None = None
         self._generator = torch.Generator()
 
-    def measure(self, roundoff: float) -> None:
-        """Record from now on, for unit roundoff `roundoff`."""
-        self._roundoff, self._deviations, self._next = roundoff, [], None
+    def measure(self, stored: float, accumulated: float) -> None:
+        """Record from now on, for products whose operands and results are stored with unit roundoff `stored`
+        and whose terms are summed with unit roundoff `accumulated`."""
+        self._stored, self._accumulated = stored, accumulated
+        self._deviations, self._next = [], None
 
     def draw(self, seed: int) -> None:
         """Add noise from now on, from the first product again."""
@@ -61,10 +63,10 @@ class RoundingNoise:
             return y
         if self._next is None:
             energy = torch.sqrt((x * x) @ (w * w).transpose(-1, -2))  # ||x * w||_2 of each output
-            noise = torch.from_numpy(np.asarray(product_noise(x.shape[-1], self._roundoff, energy.numpy())))
-            # Storing the result rounds it once more: half an ulp at most, evenly spread.
-            stored = y.abs() * (self._roundoff / 3**0.5)
-            self._deviations.append(torch.sqrt(noise * noise + stored * stored))
+            noise = product_noise(x.shape[-1], self._accumulated, energy.numpy())
+            # Each entry of w was rounded once, and so is the result: half an ulp at most, evenly spread.
+            rounded = (energy.square() + y.square()) * (self._stored**2 / 3)
+            self._deviations.append(torch.sqrt(torch.from_numpy(np.square(noise)) + rounded))
             return y
         deviation = self._deviations[self._next]
         self._next += 1
@@ -160,10 +162,16 @@ class Float64Model:
 
     @torch.no_grad()
     def evaluate(
-        self, sequences: Sequence[Sequence[int]], roundoff: float, *, samples: int = SAMPLES, seed: int = 0
+        self,
+        sequences: Sequence[Sequence[int]],
+        dtype: np.dtype[Any],
+        *,
+        samples: int = SAMPLES,
+        seed: int = 0,
     ) -> list[Truth]:
-        """The logits of each sequence, and the largest deviation that `samples` draws of rounding with unit
-        roundoff `roundoff` cause anywhere in them.
+        """The logits of each sequence, and the largest deviation that `samples` draws of rounding cause
+        anywhere in them, for a model stored in `dtype`. Terms are summed in float32, as kernels for float16
+        do too.
 
         Raises ConfigError for fewer than one sample.
         """
@@ -175,7 +183,7 @@ class Float64Model:
         for row, sequence in enumerate(sequences):
             tokens[row, : len(sequence)] = torch.tensor(list(sequence))
         noise = self._noise
-        noise.measure(roundoff)
+        noise.measure(unit_roundoff(dtype), unit_roundoff(np.float32))
         exact = self._model(input_ids=tokens, use_cache=False).logits
         deviations = [0.0] * len(sequences)
         for sample in range(samples):

@@ -17,7 +17,7 @@ from loracle.export import DecoderSession, export, open_session
 from loracle.export.outputs_check import generate_with_logits
 from loracle.export.truth import Float64Model, Truth
 from loracle.files import read_adapter
-from loracle.reference import LoracleError, TargetError, merge, unit_roundoff
+from loracle.reference import LoracleError, TargetError, merge
 
 FLOAT32 = np.dtype(np.float32)
 PROMPT = [5, 77, 30, 12, 90, 41, 3]
@@ -26,7 +26,7 @@ ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "d
 
 def truth_of(base: Path, adapter: Path | None, ids: Sequence[int], dtype: np.dtype = FLOAT32) -> Truth:
     model = Float64Model(base, None if adapter is None else read_adapter(adapter))
-    return model.evaluate([ids], unit_roundoff(dtype))[0]
+    return model.evaluate([ids], dtype)[0]
 
 
 def initializers(folder: Path) -> dict[str, np.ndarray]:

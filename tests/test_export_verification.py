@@ -200,3 +200,18 @@ def test_a_token_may_differ_only_where_the_margin_is_within_the_bound() -> None:
     assert (position, explained) == (2, True)
     assert margin == 1.0 - 0.999
     assert first_token_difference(run, truth, 0.0004) == (2, margin, False)
+
+
+def test_the_bound_of_a_float16_graph_is_tight_enough_to_see_a_dropped_delta(
+    made: Path, tmp_path: Path
+) -> None:
+    export(made / "base", tmp_path / "right", made / "adapter", dtype="fp16")
+    report = _verify(made, tmp_path / "right")
+    assert _verdicts(report) == [True] * 4
+    assert report.error is not None
+    assert report.tolerance is not None
+    assert report.tolerance < 50 * report.error
+    wrong = _change(read_adapter(made / "adapter"), FAULTS["delta dropped in one layer"])
+    write_adapter(tmp_path / "wrong", wrong)
+    export(made / "base", tmp_path / "dropped", tmp_path / "wrong", dtype="fp16")
+    assert not _verify(made, tmp_path / "dropped").checks[LOGITS].passed

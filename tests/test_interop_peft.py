@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 from loracle.export import export, verify
 from loracle.export.truth import Float64Model
 from loracle.files import read_adapter
-from loracle.reference import unit_roundoff
 from loracle.torch_impl import FinetuneOptions, finetune
 
+FLOAT32 = np.dtype(np.float32)
 IDS = [5, 77, 30, 12, 90, 41, 3]
 
 
@@ -46,9 +46,8 @@ def test_peft_gives_the_logits_of_an_adapter_that_we_trained(tmp_path: Path) -> 
         )
     )
     adapter = read_adapter(tmp_path / "adapter")
-    u = unit_roundoff(np.dtype(np.float32))
-    tuned = Float64Model(base, adapter).evaluate([IDS], u)[0]
-    plain = Float64Model(base, None).evaluate([IDS], u)[0]
+    tuned = Float64Model(base, adapter).evaluate([IDS], FLOAT32)[0]
+    plain = Float64Model(base, None).evaluate([IDS], FLOAT32)[0]
     assert len(adapter.pairs) == 14
     assert np.abs(peft_logits(base, tmp_path / "adapter") - tuned.logits).max() <= tuned.tolerance
     assert np.abs(plain.logits - tuned.logits).max() > 100 * tuned.tolerance
@@ -83,5 +82,5 @@ def test_an_adapter_trained_with_peft_exports_and_verifies(tmp_path: Path, name:
     report = verify(tmp_path / "onnx", base, tmp_path / "adapter", new_tokens=4)
     assert report.passed, [check.failures for check in report.checks]
     truth = Float64Model(base, read_adapter(tmp_path / "adapter"))
-    ours = truth.evaluate([IDS], unit_roundoff(np.dtype(np.float32)))[0]
+    ours = truth.evaluate([IDS], FLOAT32)[0]
     assert np.abs(peft_logits(base, tmp_path / "adapter") - ours.logits).max() <= ours.tolerance
