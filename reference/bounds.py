@@ -3,47 +3,35 @@
 Componentwise a-priori bounds in the standard model: an operation gives fl(a op b) = (a op b)(1 + d), |d| <=
 u, plus an absolute error where it underflows. Along a path of n roundings the factors 1 + d multiply to 1 +
 t with |t| <= gamma_n = n u / (1 - n u) (Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed.,
-lemma 3.1). Each bound counts the roundings on the longest path and multiplies by the same formula in
-magnitudes.
+lemma 3.1). Every layer but attention is a sum of products of its inputs, so a bound is the layer itself,
+evaluated on magnitudes, times the growth along its longest path: see `Magnitude` and `Precision.growth`.
 
 The counts hold for any order of summation, with or without fused multiply-adds, for (x A^T) B^T and x (B
 A)^T, for the scaling applied to any factor or product, and for adding the adapter's product to the base's
-at the end or term by
-term: for BLAS, torch, PEFT's order of the factors, ``addmm`` and onnxruntime alike. Not covered: overflow,
-products in fewer bits than asked for (TF32), subnormal inputs flushed to zero.
+at the end or term by term: for BLAS, torch, PEFT's order of the factors, ``addmm`` and onnxruntime alike. Not
+covered: overflow, products in fewer bits than `Precision` says, subnormal inputs flushed to zero.
 """
 
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import DTypeLike
 
-from .errors import ConfigError
-from .formats import Array, FloatFormat, float_format
+from . import linear
+from .formats import Array, float_format
 from .linear import LinearGradients
 from .linear_shapes import check_linear_shapes
-from .magnitudes import Bound, Magnitude, underflow_unit
-
-# The bounds are evaluated in float64, in sums of fewer than 2^21 terms: to a relative error below 2^-30.
-_ROUND_UP = 1.0 + 2.0**-30
+from .low_rank import LayerGradients, LowRank, LowRankGradients
+from .magnitudes import Bound, Magnitude, magnitude_of, underflow_unit
+from .operands import Operand
+from .precision import Precision
 
 
 def unit_roundoff(dtype: DTypeLike) -> float:
     """Return u, the largest relative error of rounding to ``dtype``: 2^-24 for float32, 2^-8 for bfloat16."""
     return float_format(dtype).unit_roundoff
-
-
-def gamma(n: int, u: float) -> float:
-    """Return ``n u / (1 - n u)``, a bound on the relative error of n roundings in a row; rounded up.
-
-    Raises:
-        ConfigError: ``n * u`` is 1 or more, where there is no such bound.
-    """
-    if n * u >= 1:
-        raise ConfigError(
-            f"gamma: expected n * u below 1, got n {n} and u {u}; name a more precise accumulator"
-        )
-    return n * u / (1 - n * u) * _ROUND_UP
 
 
 def linear_forward_bound(
@@ -52,41 +40,29 @@ def linear_forward_bound(
     A: Array,
     B: Array,
     scaling: float,
-    dtype: DTypeLike,
+    precision: Precision | DTypeLike,
     *,
     bias: Array | None = None,
     dropout: Array | None = None,
-    accumulator: DTypeLike | None = None,
 ) -> Bound:
-    """Return a bound, (..., out), on ``|computed - exact|`` of `linear_forward` evaluated in ``dtype``.
+    """Return a bound, (..., out), on ``|computed - exact|`` of `linear_forward` evaluated in ``precision``.
 
     Args: x, W0, A, B, scaling, bias, dropout: as in `linear_forward`, the exact values, in any float
         dtypes. Those
-            that need not be numbers of ``dtype`` (a float32 adapter under bfloat16 autocast, most scalings,
+            that need not be numbers of the dtype (a float32 adapter under bfloat16 autocast, most scalings,
             1 / (1 - p) in float64) count as rounded to it first.
-        dtype: in which intermediate results are stored.
-        accumulator: in which the terms of a product are summed before they are rounded to ``dtype``.
-            ``dtype`` itself by default; kernels for float16 and bfloat16 use float32, and need not be given
-            up at in + r = 256, where sums in bfloat16 have no bound.
+        precision: a dtype, or a `Precision` where products are summed in another or in fewer bits.
 
-    The bound is g (|x||W0|^T + |bias| + |scaling| |x dropout||A|^T|B|^T) plus what underflows can do, with
-    1 + g = (1 + gamma_n(u_accumulator)) (1 + gamma_c(u)), n = in + r + 2 and c at most 13.
+    The bound is g (|x||W0|^T + |bias| + |scaling| |x dropout||A|^T|B|^T) plus what underflows can do, with g
+    from `Precision.growth` for in + r terms and at most 16 further roundings.
 
     Raises:
         ShapeError: a tensor does not fit.
         DTypeError: a dtype is not float16, bfloat16, float32 or float64.
         ConfigError: so many terms in so few bits that there is no bound.
     """
-    check_linear_shapes(x, W0, A, B, bias=bias, dropout=dropout)
-    form, wide = _forms(dtype, accumulator)
-    base = Magnitude.of(x, underflow_unit(form)) @ Magnitude.of(W0, underflow_unit(form)).T
-    if bias is not None:
-        base = base + Magnitude.of(bias, underflow_unit(form))
-    unit = _adapter_unit(form, scaling)
-    dropped = _dropped(x, dropout, unit)
-    delta = dropped @ Magnitude.of(A, unit).T @ Magnitude.of(B, unit).T
-    growth = _growth(W0.shape[1] + A.shape[0] + 2, form, wide, scaling, x, W0, A, B, bias, dropout)
-    return _bound(base + delta * Magnitude.of(np.array(scaling), unit), growth)
+    adapters = [LowRank(A, B, scaling, dropout=dropout)]
+    return adapted_linear_forward_bound(x, W0, adapters, precision, bias=bias)
 
 
 def linear_backward_bound(
@@ -96,62 +72,121 @@ def linear_backward_bound(
     A: Array,
     B: Array,
     scaling: float,
-    dtype: DTypeLike,
+    precision: Precision | DTypeLike,
     *,
     dropout: Array | None = None,
-    accumulator: DTypeLike | None = None,
 ) -> LinearGradients:
-    """Return bounds on ``|computed - exact|`` of each gradient of `linear_backward` evaluated in ``dtype``.
+    """Return bounds on ``|computed - exact|`` of each gradient of `linear_backward` in ``precision``.
 
     Arguments, form of the bound and errors as in `linear_forward_bound`, with the number of terms on the
-    longest path out + r + 1 for dx, out + N for dA, in + N for dB and N for dbias, N the number of rows of
-    x.
+    longest path out + r for dx, out + N for dA, in + N for dB and N for dbias, N the number of rows of x.
     """
-    check_linear_shapes(x, W0, A, B, dropout=dropout, dy=dy)
-    form, wide = _forms(dtype, accumulator)
-    plain, unit = underflow_unit(form), _adapter_unit(form, scaling)
-    factor = Magnitude.of(np.array(scaling), unit)
-    dropped = _dropped(x, dropout, unit)
-    h = dropped @ Magnitude.of(A, unit).T
-    dh = (Magnitude.of(dy, unit) @ Magnitude.of(B, unit)) * factor
-    dx = dh @ Magnitude.of(A, unit)
-    if dropout is not None:
-        dx = dx * Magnitude.of(dropout, unit)
-    dx = Magnitude.of(dy, plain) @ Magnitude.of(W0, plain) + dx
-    dA = dh.rows().T @ dropped.rows()
-    dB = (Magnitude.of(dy, unit).rows().T @ h.rows()) * factor
-    dbias = Magnitude.of(dy, plain).rows().sum()
-    (out_features, in_features), r, rows = W0.shape, A.shape[0], dy.size // max(1, dy.shape[-1])
-    terms = {"dx": out_features + r + 1, "dA": out_features + rows, "dB": in_features + rows, "dbias": rows}
-    growth = {name: _growth(n, form, wide, scaling, dy, x, W0, A, B, dropout) for name, n in terms.items()}
-    return LinearGradients(
-        dx=_bound(dx, growth["dx"]),
-        dA=_bound(dA, growth["dA"]),
-        dB=_bound(dB, growth["dB"]),
-        dbias=_bound(dbias, growth["dbias"]),
-    )
+    adapters = [LowRank(A, B, scaling, dropout=dropout)]
+    bounds = adapted_linear_backward_bound(dy, x, W0, adapters, precision)
+    own = bounds.adapters[0]
+    return LinearGradients(dx=bounds.dx, dA=own.dA, dB=own.dB, dbias=bounds.dbias)
+
+
+def adapted_linear_forward_bound(
+    x: Array,
+    W0: Array,
+    adapters: Sequence[LowRank],
+    precision: Precision | DTypeLike,
+    *,
+    bias: Array | None = None,
+    fan_in_fan_out: bool = False,
+) -> Bound:
+    """Return a bound on ``|computed - exact|`` of `adapted_linear_forward`; see `linear_forward_bound`."""
+    W0 = W0.T if fan_in_fan_out else W0
+    check_linear_shapes(x, W0, adapters, bias=bias)
+    size = sizing(precision, adapters)
+    y: Magnitude = linear.forward(size(x), size(W0), sized(adapters, size), size(bias))
+    return y.bound(slack(adapters))
+
+
+def adapted_linear_backward_bound(
+    dy: Array,
+    x: Array,
+    W0: Array,
+    adapters: Sequence[LowRank],
+    precision: Precision | DTypeLike,
+    *,
+    fan_in_fan_out: bool = False,
+) -> LayerGradients:
+    """Return bounds on ``|computed - exact|`` of `adapted_linear_backward`; see `linear_backward_bound`."""
+    W0 = W0.T if fan_in_fan_out else W0
+    check_linear_shapes(x, W0, adapters, dy=dy)
+    size = sizing(precision, adapters)
+    terms = linear.backward(size(dy), size(x), size(W0), sized(adapters, size))
+    return gradient_bounds(terms.dx, terms.dbias, terms.adapters, slack(adapters))
 
 
 def merged_forward_bound(
-    x: Array,
-    W: Array,
-    dtype: DTypeLike,
-    *,
-    bias: Array | None = None,
-    accumulator: DTypeLike | None = None,
+    x: Array, W: Array, precision: Precision | DTypeLike, *, bias: Array | None = None
 ) -> Bound:
-    """Return a bound, (..., out), on ``|computed - exact|`` of ``y = x W^T + bias`` evaluated in ``dtype``.
+    """Return a bound, (..., out), on ``|computed - exact|`` of ``y = x W^T + bias`` evaluated in
+    ``precision``.
 
     W is the merged weight as it is stored; its own rounding is no part of this bound. Arguments, form and
-    errors as in `linear_forward_bound`, with n = in + 1.
+    errors as in `linear_forward_bound`, with n = in.
     """
-    nothing = np.zeros((1, W.shape[-1]), W.dtype)
-    check_linear_shapes(x, W, nothing, np.zeros((W.shape[0], 1), W.dtype), bias=bias)
-    form, wide = _forms(dtype, accumulator)
-    y = Magnitude.of(x, underflow_unit(form)) @ Magnitude.of(W, underflow_unit(form)).T
-    if bias is not None:
-        y = y + Magnitude.of(bias, underflow_unit(form))
-    return _bound(y, _growth(W.shape[1] + 1, form, wide, 1.0, x, W, bias))
+    return adapted_linear_forward_bound(x, W, (), precision, bias=bias)
+
+
+def merge_bound(
+    W0: Array,
+    adapters: Sequence[LowRank],
+    precision: Precision | DTypeLike,
+    *,
+    dtype: DTypeLike | None = None,
+) -> Bound:
+    """Return a bound, (out, in), on ``|computed - exact|`` of a merge that rounds after every operation.
+
+    For the merges of others, as PEFT's or loralib's; `merge` itself is off by half a unit in the last place
+    at most. Evaluated in ``precision`` and rounded to ``dtype``, W0's by default, at the end.
+
+    The bound is g (|W0| + sum |scaling| |B||A|) plus underflows, with r terms in g.
+    """
+    check_linear_shapes(np.zeros((0, W0.shape[-1])), W0, adapters)
+    size = sizing(precision, adapters)
+    merged = size(W0)
+    for adapter in sized(adapters, size):
+        merged = merged + linear.weight_update(adapter, W0.shape[0])
+    bound: Bound = merged.bound(slack(adapters))
+    stored = float_format(W0.dtype if dtype is None else dtype)
+    last: Bound = stored.unit_roundoff * (merged.size + bound) + stored.smallest_normal
+    bound += last
+    return bound
+
+
+def merged_against_unmerged_bound(
+    x: Array,
+    W0: Array,
+    adapters: Sequence[LowRank],
+    precision: Precision | DTypeLike,
+    *,
+    bias: Array | None = None,
+    dtype: DTypeLike | None = None,
+) -> Bound:
+    """Return a bound, (..., out), on ``|merged - unmerged|``: of the two layers, both evaluated in
+    ``precision``.
+
+    The merged one holds the correctly rounded merge in ``dtype``, W0's by default. The bound is that of the
+    unmerged forward, plus that of the merged one, plus |x| times the rounding of the merged weight. Without
+    dropout.
+    """
+    undropped = [replace(adapter, dropout=None) for adapter in adapters]
+    unmerged = adapted_linear_forward_bound(x, W0, undropped, precision, bias=bias)
+    exact = sizing(np.float64, adapters)
+    weight = exact(W0)
+    for adapter in sized(undropped, exact):
+        weight = weight + linear.weight_update(adapter, W0.shape[0])
+    stored = float_format(W0.dtype if dtype is None else dtype)
+    rounding: Bound = stored.unit_roundoff * weight.size + stored.smallest_subnormal
+    merged = merged_forward_bound(
+        x, weight.size + rounding, precision, bias=_merged_bias(bias, undropped, W0)
+    )
+    return unmerged + merged + np.abs(x.astype(np.float64)) @ rounding.T * (1 + 2.0**-20)
 
 
 def product_noise(k: int, u: float, energy: Array | float) -> Bound:
@@ -174,44 +209,50 @@ def product_noise(k: int, u: float, energy: Array | float) -> Bound:
     return noise
 
 
-def _forms(dtype: DTypeLike, accumulator: DTypeLike | None) -> tuple[FloatFormat, FloatFormat]:
-    form = float_format(dtype)
-    wide = form if accumulator is None else float_format(accumulator, "accumulator")
-    if wide.precision < form.precision:
-        raise ConfigError(f"accumulator: expected at least the precision of {form.dtype}, got {wide.dtype}")
-    return form, wide
+def sizing(
+    precision: Precision | DTypeLike, adapters: Sequence[LowRank]
+) -> Callable[[Array | None], Operand]:
+    """Return a function that takes an input tensor, or None, to its `Magnitude`."""
+    precision = Precision.of(precision)
+    unit = underflow_unit(precision.form, *(adapter.scaling for adapter in adapters))
+    return lambda values: None if values is None else magnitude_of(values, precision, unit)
 
 
-def _adapter_unit(form: FloatFormat, scaling: float) -> float:
-    # `Magnitude` multiplies by the scaling last. Where it is below 1 and comes earlier, an underflow after
-    # it weighs 1 / |scaling| as much.
-    return underflow_unit(form) * (1.0 if scaling == 0 else 1.0 + 1.0 / abs(scaling))
+def sized(adapters: Sequence[LowRank], size: Callable[[Array | None], Operand]) -> list[LowRank]:
+    """Return the adapters with every tensor replaced by its `Magnitude`."""
+    return [
+        replace(own, A=size(own.A), B=size(own.B), bias=size(own.bias), dropout=size(own.dropout))
+        for own in adapters
+    ]
 
 
-def _dropped(x: Array, dropout: Array | None, unit: float) -> Magnitude:
-    given = Magnitude.of(x, unit)
-    return given if dropout is None else given * Magnitude.of(dropout, unit)
+def slack(adapters: Sequence[LowRank]) -> int:
+    """Return how many roundings more than the definition's an evaluation in another order may have.
 
-
-def _growth(
-    terms: int, form: FloatFormat, wide: FloatFormat, scaling: float, *tensors: Array | None
-) -> float:
-    """Return g: ``terms`` roundings in the accumulator, and those to the working dtype.
-
-    The latter are one for each tensor that has to be rounded to it, two for the scaling and the product
-    with it, one for the product with dropout, and with a wider accumulator four for the products' results
-    and their sum.
+    The scaling rounded and applied elsewhere, the bias added at another point, and the adapters in another
+    order.
     """
-    stored = 2 + sum(tensor is not None and not _contains(form, tensor) for tensor in tensors)
-    stored += 1 + (4 if wide.precision > form.precision else 0)
-    return (1 + gamma(terms, wide.unit_roundoff)) * (1 + gamma(stored, form.unit_roundoff)) - 1
+    return 3 + len(adapters)
 
 
-def _contains(form: FloatFormat, tensor: Array) -> bool:
-    """Return whether every number of the tensor's dtype is one of ``form``."""
-    given = float_format(tensor.dtype, "tensor")
-    return given.precision <= form.precision and given.max_exponent <= form.max_exponent
+def gradient_bounds(
+    dx: Magnitude, dbias: Magnitude, adapters: Sequence[linear.AdapterTerms], more: int
+) -> LayerGradients:
+    """Return the bounds of a layer's gradients."""
+    own = (
+        LowRankGradients(a.dA.bound(more), a.dB.bound(more), None if a.dbias is None else a.dbias.bound(more))
+        for a in adapters
+    )
+    return LayerGradients(dx.bound(more), dbias.bound(more), tuple(own))
 
 
-def _bound(magnitude: Magnitude, growth: float) -> Bound:
-    return (growth * magnitude.size + (1 + growth) * magnitude.lost) * _ROUND_UP
+def _merged_bias(bias: Array | None, adapters: Sequence[LowRank], W0: Array) -> Array | None:
+    """Return the size of the bias that a merged layer has: its own and, scaled, those of lora_B."""
+    if bias is None and all(adapter.bias is None for adapter in adapters):
+        return None
+    size = np.zeros(W0.shape[0]) if bias is None else np.abs(bias.astype(np.float64))
+    for adapter in adapters:
+        if adapter.bias is not None:
+            rows = slice(None) if adapter.rows is None else adapter.rows
+            size[rows] += abs(adapter.scaling) * np.abs(adapter.bias.astype(np.float64))
+    return size

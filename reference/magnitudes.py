@@ -1,66 +1,139 @@
-"""Magnitudes of intermediate results, with the absolute error that underflows may have left in them."""
+"""Magnitudes of intermediate results, with what is needed to bound the error of computing them.
 
-from dataclasses import dataclass
+A layer of LoRA is a sum of products of its inputs. Evaluated on magnitudes instead of numbers it gives the
+size that its rounding error is a multiple of, and, counted along the way, the number of roundings that say
+which multiple.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import EllipsisType
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .formats import Array, FloatFormat
+from .formats import Array, FloatFormat, float_format
+from .precision import ROUND_UP, Precision
 
 Bound = NDArray[np.float64]
+Index = (
+    int | slice | EllipsisType | NDArray[np.bool_] | NDArray[np.intp] | tuple[int | slice | EllipsisType, ...]
+)
 
 
 @dataclass(frozen=True, eq=False)
 class Magnitude:
-    """``size`` is at least |exact value|, computed from magnitudes alone; ``lost`` bounds what underflow did.
+    """What is known of an intermediate result before it is computed.
 
-    ``unit`` is the absolute error of one operation that underflows; what it is needs the format and, for
-    the path of the adapter, the scaling: see `underflow_unit`.
+    ``size`` is at least |exact value|; ``lost`` bounds what underflows have done, ``unit`` is the absolute
+    error of one. ``terms``, ``stores``, ``products`` and ``paths`` count the roundings on the longest path
+    from an input, as `Precision.growth` takes them; ``paths`` is for one entry.
     """
 
     size: Bound
     lost: Bound
     unit: float
-
-    @staticmethod
-    def of(values: Array, unit: float) -> "Magnitude":
-        """Start from an array; its own rounding to the working dtype may underflow, too."""
-        size = np.abs(values.astype(np.float64))
-        return Magnitude(size, np.full_like(size, unit), unit)
+    precision: Precision
+    terms: int = 0
+    stores: int = 0
+    products: int = 0
+    paths: float = 1.0
 
     def __matmul__(self, other: "Magnitude") -> "Magnitude":
         """The matrix product: an underflow in each product and, where those are flushed to zero, each sum."""
+        count = self.size.shape[-1]
         lost = self.lost @ (other.size + other.lost) + self.size @ other.lost
-        return Magnitude(self.size @ other.size, lost + 2 * self.size.shape[-1] * self.unit, self.unit)
+        return replace(
+            self,
+            size=self.size @ other.size,
+            lost=lost + 2 * count * self.unit,
+            terms=self.terms + other.terms + count,
+            stores=self.stores + other.stores + self.precision.accumulates_wider,
+            products=self.products + other.products + 1,
+            paths=self.paths * other.paths * max(1, count),
+        )
 
     def __mul__(self, other: "Magnitude") -> "Magnitude":
         lost = self.lost * (other.size + other.lost) + self.size * other.lost
-        return Magnitude(self.size * other.size, lost + self.unit, self.unit)
+        return replace(
+            self,
+            size=self.size * other.size,
+            lost=lost + self.unit,
+            terms=self.terms + other.terms,
+            stores=self.stores + other.stores + 1,
+            products=self.products + other.products,
+            paths=self.paths * other.paths,
+        )
 
     def __add__(self, other: "Magnitude") -> "Magnitude":
-        return Magnitude(self.size + other.size, self.lost + other.lost + self.unit, self.unit)
+        return replace(
+            self,
+            size=self.size + other.size,
+            lost=self.lost + other.lost + self.unit,
+            terms=max(self.terms, other.terms),
+            stores=max(self.stores, other.stores) + 1,
+            products=max(self.products, other.products),
+            paths=self.paths + other.paths,
+        )
+
+    def __getitem__(self, index: Index) -> "Magnitude":
+        return replace(self, size=self.size[index], lost=self.lost[index])
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.size.shape
 
     @property
     def T(self) -> "Magnitude":  # noqa: N802
-        return Magnitude(self.size.T, self.lost.T, self.unit)
+        return replace(self, size=self.size.T, lost=self.lost.T)
 
-    def rows(self) -> "Magnitude":
-        """Return the same numbers with all leading axes made one."""
-        shape = (-1, self.size.shape[-1])
-        return Magnitude(self.size.reshape(shape), self.lost.reshape(shape), self.unit)
+    def map(self, rearrange: Callable[[Array], Array]) -> "Magnitude":
+        """Return the numbers moved, repeated, or filled in with zeros by ``rearrange``."""
+        return replace(self, size=rearrange(self.size), lost=rearrange(self.lost))
 
-    def sum(self) -> "Magnitude":
-        """Return the sum over the first axis."""
-        return Magnitude(
-            self.size.sum(axis=0), self.lost.sum(axis=0) + self.size.shape[0] * self.unit, self.unit
+    def add_up(self, gather: Callable[[Array], Array], most: int) -> "Magnitude":
+        """Return the sums that ``gather`` makes of the numbers, each of at most ``most`` of them."""
+        return replace(
+            self,
+            size=gather(self.size),
+            lost=gather(self.lost + self.unit),
+            terms=self.terms + most,
+            stores=self.stores + self.precision.accumulates_wider,
+            paths=self.paths * max(1, most),
         )
 
+    def sum(self, axis: int) -> "Magnitude":
+        """Return the sum over an axis."""
+        return self.add_up(lambda a: a.sum(axis=axis), self.size.shape[axis])
 
-def underflow_unit(form: FloatFormat) -> float:
+    def bound(self, slack: int) -> Bound:
+        """Return a bound on ``|computed - exact|``.
+
+        Args:
+            slack: how many more roundings an evaluation in another order may have on its longest path.
+        """
+        paths = self.paths * max(1, self.size.size)
+        growth = self.precision.growth(self.terms, self.stores + slack, self.products, paths)
+        return (growth * self.size + (1 + growth) * self.lost) * ROUND_UP
+
+
+def magnitude_of(values: Array, precision: Precision, unit: float) -> Magnitude:
+    """Return the magnitude of an input; where it need not be a number of the dtype it is rounded to it
+    first.
+    """
+    given, form = float_format(values.dtype, "tensor"), precision.form
+    contained = given.precision <= form.precision and given.max_exponent <= form.max_exponent
+    size = np.abs(values.astype(np.float64))
+    return Magnitude(size, np.full_like(size, unit), unit, precision, stores=0 if contained else 1)
+
+
+def underflow_unit(form: FloatFormat, *scalings: float) -> float:
     """Return the largest absolute error of an operation that underflows.
 
     Units of bfloat16 and float32 arithmetic may flush subnormal results to zero, so it is the smallest
     normal number, 10^-38 or less; of float16, which everyone computes with gradual underflow, the smallest
-    subnormal, 6e-8.
+    subnormal, 6e-8. A layer multiplies by the scaling last; where one is below 1 and comes earlier, an
+    underflow after it weighs 1 / |scaling| as much, which is allowed for.
     """
-    return form.smallest_subnormal if form.max_exponent == 15 else form.smallest_normal
+    unit = form.smallest_subnormal if form.max_exponent == 15 else form.smallest_normal
+    return unit * (1.0 + max((1.0 / abs(scaling) for scaling in scalings if scaling), default=0.0))
