@@ -12,14 +12,21 @@ from .formats import Array, float_format
 from .rounding import round_fraction
 
 
-def exact_entry(w: Any, b: Iterable[Any], a: Iterable[Any], scaling: float, dtype: DTypeLike) -> Any:
-    """Return ``w + scaling * sum_k b[k] a[k]`` rounded once to ``dtype``, as a scalar of it.
+def exact_entry(
+    w: Any, groups: Iterable[tuple[Iterable[Any], Iterable[Any], float]], dtype: DTypeLike
+) -> Any:
+    """Return ``w + sum_g scaling_g * sum_k b_g[k] a_g[k]`` rounded once to ``dtype``, as a scalar of it.
+
+    Args:
+        w: a number; groups: of numbers b_g, as many numbers a_g, and a scaling; all finite.
 
     An exact sum of zero gives +0, unless ``w`` is -0.0 (then the update is zero too, and ``w`` is kept). An
     underflow keeps the sign of the exact value; an overflow is an infinity, which the caller has to refuse.
     """
-    update = sum((Fraction(float(x)) * Fraction(float(y)) for x, y in zip(b, a, strict=True)), Fraction(0))
-    total = Fraction(float(w)) + Fraction(scaling) * update
+    total = Fraction(float(w))
+    for b, a, scaling in groups:
+        products = (Fraction(float(x)) * Fraction(float(y)) for x, y in zip(b, a, strict=True))
+        total += Fraction(scaling) * sum(products, Fraction(0))
     if total == 0:
         return float_format(dtype).dtype.type(w if w == 0 else 0.0)
     return round_fraction(total, dtype)
@@ -38,5 +45,5 @@ def merge_exact(W0: Array, A: Array, B: Array, scaling: float, dtype: DTypeLike)
     """
     out = np.empty(W0.shape, float_format(dtype).dtype)
     for i, j in np.ndindex(*W0.shape):
-        out[i, j] = exact_entry(W0[i, j], B[i], A[:, j], scaling, dtype)
+        out[i, j] = exact_entry(W0[i, j], [(B[i], A[:, j], scaling)], dtype)
     return out

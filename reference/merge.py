@@ -1,13 +1,15 @@
-"""Adding the low-rank update to the frozen weight, rounded once."""
+"""Adding low-rank updates to the frozen weight, rounded once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from .errors import NonFiniteError
+from .factors import Factors
 from .formats import Array, first_nonfinite
+from .low_rank import LowRank
 from .merge_block import BlockMerger
 from .merge_inputs import MergeInputs, check_merge_inputs, check_out, check_threads
 from .rounding import round_to
@@ -15,7 +17,7 @@ from .tiles import Position, Tile, first_position, tiles
 
 # A tile is the work that a thread takes at a time; a panel of A in float64 stays in the second-level cache.
 _TILE_ENTRIES = 1 << 18
-_PANEL_ENTRIES = 1 << 15
+_PANEL_ENTRIES = 1 << 16
 _MAX_PANEL_COLUMNS = 1 << 12
 _ROWS_OF_B_ENTRIES = 1 << 17
 
@@ -67,13 +69,38 @@ def merge(
     Source: LoRA, arXiv 2106.09685, section 4.1. Ziv, "Fast evaluation of elementary mathematical functions
     with correctly rounded last bit", ACM TOMS 17 (1991), for the way to round correctly.
     """
+    adapters = [LowRank(A, B, scaling)]
+    return merge_adapters(W0, adapters, dtype=dtype, out=out, threads=threads, name=name)
+
+
+def merge_adapters(
+    W0: Array,
+    adapters: Sequence[LowRank],
+    *,
+    fan_in_fan_out: bool = False,
+    dtype: DTypeLike | None = None,
+    out: Array | None = None,
+    threads: int | None = None,
+    name: str = "W0",
+) -> Array:
+    """Return W0 plus every adapter's ``scaling * B @ A`` on its rows: the exact sum, rounded once in all.
+
+    Several adapters merged in turn are rounded once each; here the sum of all is. A weighted sum of adapters
+    has each one's weight in its scaling. A fused projection has an adapter for each slice, see
+    `fused_adapters`.
+
+    Args:
+        W0: (out, in), or (in, out) with ``fan_in_fan_out``; out and the result are as W0 is.
+        adapters: any number. A bias of lora_B belongs to `merge_bias`; dropout plays no part in a merge.
+
+    The other arguments, signed zeros, memory, errors and source as for `merge`.
+    """
     threads = check_threads(threads)
-    inputs = check_merge_inputs(W0, A, B, scaling, dtype, name)
+    inputs = check_merge_inputs(W0, adapters, dtype, threads, name, fan_in_fan_out)
     if out is None:
         out = np.empty(inputs.W0.shape, inputs.target.dtype)
-    else:
-        check_out(out, inputs, name)
-    overflow = _write_merged(inputs, out, threads)
+    check_out(out, inputs, name)
+    overflow = _write_merged(inputs, out, threads, fan_in_fan_out)
     if overflow is not None:
         raise NonFiniteError(
             f"{name}: expected merged numbers of magnitude {inputs.target.largest:.5g} at most "
@@ -82,21 +109,39 @@ def merge(
     return out
 
 
-def _write_merged(inputs: MergeInputs, out: Array, threads: int) -> Position | None:
+def _write_merged(inputs: MergeInputs, out: Array, threads: int, fan_in_fan_out: bool) -> Position | None:
     """Write the merged weight into ``out``; return the first position that overflows."""
-    W0, A, B = inputs.W0, inputs.A, inputs.B
-    shape, r = (W0.shape[0], W0.shape[1]), A.shape[0]
-    if inputs.update_is_zero:
+    found = []
+    for factors in inputs.ranges:
+        rows = slice(factors.start, factors.stop)
+        own = (slice(None), rows) if fan_in_fan_out else (rows, slice(None))
+        given = factors.T if fan_in_fan_out else factors
+        overflow = _write_range(inputs, given, inputs.W0[own], out[own], threads)
+        if overflow is not None:
+            i, j = overflow
+            found.append((i, j + factors.start) if fan_in_fan_out else (i + factors.start, j))
+    return min(found, default=None)
+
+
+def _write_range(
+    inputs: MergeInputs, factors: Factors, W0: Array, out: Array, threads: int
+) -> Position | None:
+    """Write one range of the weight, given as it is stored, and its factors with it."""
+    shape = (W0.shape[0], W0.shape[1])
+    if factors.is_zero:
         work = tiles(shape, _TILE_ENTRIES, _TILE_ENTRIES)
         return first_position(work, threads, lambda: partial(_write_rounded, W0, out))
-    columns = min(_MAX_PANEL_COLUMNS, max(_PANEL_ENTRIES // r // 16, 1) * 16)
-    work = tiles(shape, min(_TILE_ENTRIES, columns * max(1, _ROWS_OF_B_ENTRIES // r)), columns)
+    columns = min(_MAX_PANEL_COLUMNS, max(_PANEL_ENTRIES // factors.r // 16, 1) * 16)
+    work = tiles(shape, min(_TILE_ENTRIES, columns * max(1, _ROWS_OF_B_ENTRIES // factors.r)), columns)
+    mergers: list[BlockMerger] = []
 
-    def make_worker() -> Callable[[Tile], Position | None]:
-        merger = BlockMerger(A, B, inputs.scaling, inputs.target)
-        return lambda tile: merger.merge(W0, tile, out)
+    def make_worker() -> Callable[[Tile], None]:
+        mergers.append(BlockMerger(factors, W0, inputs.largest, out, inputs.target))
+        return mergers[-1].merge
 
-    return first_position(work, threads, make_worker)
+    first_position(work, threads, make_worker)
+    found = [merger.finish() for merger in mergers]
+    return min((position for position in found if position is not None), default=None)
 
 
 def _write_rounded(W0: Array, out: Array, tile: Tile) -> Position | None:

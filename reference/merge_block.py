@@ -1,123 +1,154 @@
-"""One block of a merge in float64, with a proof for each entry that its rounding is the correct one."""
+"""The tiles of a merge in floating point, with a proof for each entry that its rounding is the correct
+one.
+"""
+
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 
 from .error_free import Float64
+from .factors import Factors, norm_bound
 from .formats import Array, FloatFormat, nonfinite_mask
 from .merge_entries import Index, merged_entries
+from .merge_interval import IntervalEvaluator
+from .merge_proof import EvaluationError, evaluation_error, prove_entries
 from .tiles import Position, Tile
 
-# A product of at most this many multiplications is too small for OpenBLAS to start threads of its own for.
-_SERIAL_PRODUCT = 1 << 18
-_BLOCK_ENTRIES = 1 << 16
-_PRODUCTS_AT_ONCE = 1 << 15
-_U = 2.0**-53
-_ETA = 2.0**-1074
+_NOTHING: tuple[Index, Index] = (np.empty(0, np.intp), np.empty(0, np.intp))
+
+_BLOCK_ENTRIES = 1 << 15
+_PRODUCTS_AT_ONCE = 1 << 16
+# Entries left for `merged_entries` wait until there are this many: its cost is one of calls, not of entries.
+_PENDING_ENTRIES = 1 << 12
+# Beyond these, float32 is left for float64: too many terms for its bound, or too near the end of its range.
+_FLOAT32_TERMS = 1 << 10
+_FLOAT32_SIZE = 2.0**120
+# Where float32 leaves more than this share of a tile uncertain, float64 is faster.
+_FLOAT32_SHARE = 1 / 128
 
 
 class BlockMerger:
-    """Merges tiles one after the other; owns the scratch memory of one thread and the panel of A in use.
+    """Merges tiles of one range of rows one after the other; owns the scratch memory of one thread.
 
-    **Ziv's test.** For an entry q = w + s (BA) let B' = fl(s B), p = fl(B' A), v = fl(w + p), with u = 2^-53
-    and eta = 2^-1074, the smallest subnormal. With b = ||B'_i||_1 max|A|, which is at least (|B'||A|)_ij,
-
-        |p - s (BA)| <= 2 (r + 1) u b + 2 r eta (max|A| + 1)
-        |v - (w + p)| <= u |v|
-
-    The first is Higham's gamma_{r+1} (r products, r - 1 sums in any order, fused or not, the rounding of B'),
-    plus an underflow in each B' and each product. Let
-
-        e = 4 u |v| + 4 (r + 4) u b + 4 r eta (max|A| + 1)
-
-    This is twice the sum of the two, so there is room for the roundings in b, in e and in v -+ e, and
-    fl(v - e) <= q <= fl(v + e). Rounding is monotone: if both ends round to the same finite number, so does
-    q. A 16-bit target is reached through float32; the ends stay ends if e has room for that rounding as well,
-    which 2^-23 |v| in place of 4 u |v| and an additional 2^-149 provide.
+    In stages, each for the entries that the one before it did not prove right (see `merge_proof`): all
+    entries in floating point, in float32 for a 16-bit target and in float64 for float32; for a 16-bit target
+    single entries in float64; at last `merged_entries`, not at once, but when some have gathered or with
+    `finish`. Each gives the correct rounding or none, so which of them an entry goes through cannot be seen
+    in the result.
     """
 
-    def __init__(self, A: Array, B: Array, scaling: float, target: FloatFormat) -> None:
-        self._A, self._B, self._scaling, self._target = A, B, scaling, target
+    def __init__(self, factors: Factors, W0: Array, largest: float, out: Array, target: FloatFormat) -> None:
+        """Take the range of the weight that the factors update, its largest magnitude, and where to write."""
+        self._factors, self._W0, self._largest = factors, W0, largest
+        self._out, self._target = out, target
         self._narrow = target.dtype.itemsize == 2
+        self._float32 = self._narrow and factors.r <= _FLOAT32_TERMS
         self._panel_columns = slice(0, 0)
-        self._panel = np.empty((A.shape[0], 0))
-        self._buffers: tuple[Array, ...] = ()
+        self._panel = np.empty((factors.r, 0))
+        self._panel_norm = 0.0
+        self._pending = [_NOTHING]
+        self._overflows: list[Position] = []
+        self._evaluators: dict[np.dtype[Any], IntervalEvaluator] = {}
 
-    def merge(self, W0: Array, tile: Tile, out: Array) -> Position | None:
-        """Write ``out[tile]``; return where in the tile it first overflows, or None."""
+    def merge(self, tile: Tile) -> None:
+        """Write the tile, but for entries that wait for `finish`."""
         rows, columns = tile
-        if columns != self._panel_columns:
-            self._panel_columns = columns
-            self._panel = self._A[:, columns].astype(np.float64, order="C")
-        B = self._B[rows].astype(np.float64, order="C")
         if self._target.precision == 53:
             # The ends never round to one number in the very format that they are computed in.
-            uncertain = np.arange(out[tile].size)
+            uncertain = np.arange((rows.stop - rows.start) * (columns.stop - columns.start))
         else:
+            self._load_panel(columns)
             with np.errstate(all="ignore"):
-                uncertain = self._round_certain(W0[tile], B * self._scaling, out[tile])
-        return self._settle(W0[tile], B, uncertain, out[tile])
+                B = self._factors.left(rows) * self._factors.scalings
+                uncertain = self._round_certain(self._W0[tile], B, self._out[tile])
+        i, j = np.divmod(uncertain, columns.stop - columns.start)
+        self._pending.append((i + rows.start, j + columns.start))
+        if sum(len(i) for i, _ in self._pending) > _PENDING_ENTRIES:
+            self._settle_pending()
+
+    def finish(self) -> Position | None:
+        """Write the entries that wait; return where in the range the first of all overflows, or None."""
+        self._settle_pending()
+        return min(self._overflows, default=None)
+
+    def _load_panel(self, columns: slice) -> None:
+        if columns != self._panel_columns:
+            self._panel_columns = columns
+            self._panel = self._factors.panel(columns)
+            self._panel_norm = float(norm_bound(self._panel, axis=0).max())
 
     def _round_certain(self, W0: Array, B: Float64, out: Array) -> Index:
         """Round W0 + B @ panel into ``out``; return the flat indices of what is not proven right."""
-        (rows, columns), r, bits = out.shape, B.shape[1], self._target.bits
-        largest = float(np.abs(self._panel).max())
-        constant = 4 * (r + 4) * _U * np.abs(B).sum(axis=1, keepdims=True) * largest
-        constant += 4 * r * _ETA * (largest + 1) + (2.0**-149 if self._narrow else 0.0)
-        relative = 2.0**-23 if self._narrow else 4 * _U
-        # Below this error no number comes near the largest of the target.
-        harmless = relative * self._target.largest / 2
+        norms = norm_bound(B, axis=1)
+        if self._float32 and self._fits_float32(norms):
+            uncertain = self._round_all(W0, B.astype(np.float32), norms, out)
+            self._float32 = len(uncertain) <= _FLOAT32_SHARE * out.size
+        else:
+            uncertain = self._round_all(W0, B, norms, out)
+        return self._round_single(W0, B, norms, uncertain, out) if self._narrow else uncertain
+
+    def _fits_float32(self, norms: Float64) -> bool:
+        most = float(norms.max())
+        return max(self._largest, self._panel_norm, most, most * self._panel_norm) < _FLOAT32_SIZE
+
+    def _round_all(self, W0: Array, B: Array, norms: Float64, out: Array) -> Index:
+        """Evaluate in the dtype of B, a few rows at a time so that they stay in the cache."""
+        (rows, columns), bits = out.shape, self._target.bits
+        panel = self._panel.astype(B.dtype, copy=False)
+        evaluator = self._evaluator(B.dtype)
+        error = evaluation_error(B.dtype, self._target, B.shape[1], norms, self._panel_norm)
         indices = []
         step = max(1, _BLOCK_ENTRIES // columns)
         for start in range(0, rows, step):
             block = slice(start, start + step)
             result = out[block]
-            value, error, low, high, other, uncertain = self._scratch(result.shape)
-            _multiply(B[block], self._panel, value)
-            np.add(value, W0[block], out=value)
-            np.abs(value, out=error)
-            np.multiply(error, relative, out=error)
-            np.add(error, constant[block], out=error)
-            if self._narrow:
-                np.subtract(value, error, out=low, casting="same_kind")
-                np.add(value, error, out=high, casting="same_kind")
-                np.copyto(result, low, casting="same_kind")
-                np.copyto(other, high, casting="same_kind")
-            else:
-                np.subtract(value, error, out=result, casting="same_kind")
-                np.add(value, error, out=other, casting="same_kind")
-            np.not_equal(result.view(bits), other.view(bits), out=uncertain)
-            if not error.max() < harmless:
-                np.logical_or(uncertain, nonfinite_mask(result), out=uncertain)
+            largest = self._largest + float(norms[block].max()) * self._panel_norm
+            absolute = float(error.absolute[block].max())
+            low, high = evaluator.ends(W0[block], B[block], panel, error.relative, absolute, largest)
+            np.copyto(result, low, casting="same_kind")
+            other = high.astype(result.dtype)
+            uncertain = result.view(bits) != other.view(bits)
+            if not largest < self._target.largest / 2:
+                uncertain |= nonfinite_mask(result)
             if uncertain.any():
                 indices.append(np.flatnonzero(uncertain) + start * columns)
-        return np.concatenate(indices) if indices else np.empty(0, np.intp)
+        return np.concatenate(indices) if indices else _NOTHING[0]
 
-    def _scratch(self, shape: tuple[int, ...]) -> tuple[Array, ...]:
-        """Return the scratch arrays for a block; they are made anew only when the blocks' shape changes."""
-        if not self._buffers or self._buffers[0].shape != shape:
-            dtypes = (np.float64, np.float64, np.float32, np.float32, self._target.dtype, np.bool_)
-            self._buffers = tuple(np.empty(shape, dtype) for dtype in dtypes)
-        return self._buffers
-
-    def _settle(self, W0: Array, B: Float64, uncertain: Index, out: Array) -> Position | None:
-        """Compute the entries at the flat indices in more than float64; return the first that overflows."""
-        step = max(1, _PRODUCTS_AT_ONCE // B.shape[1])
-        for start in range(0, len(uncertain), step):
-            i, j = np.divmod(uncertain[start : start + step], out.shape[1])
+    def _round_single(self, W0: Array, B: Float64, norms: Float64, indices: Index, out: Array) -> Index:
+        """Evaluate the entries at the flat indices in float64; return the indices of what is not proven."""
+        remaining = [indices[:0]]
+        error = evaluation_error(B.dtype, self._target, B.shape[1], norms, self._panel_norm)
+        for some in _pieces(len(indices), B.shape[1]):
+            i, j = np.divmod(indices[some], out.shape[1])
+            single = EvaluationError(error.relative, error.absolute[i])
             w = W0[i, j].astype(np.float64)
-            entries = merged_entries(w, i, j, self._panel, B, self._scaling, self._target)
+            entries, proven = prove_entries(w, B[i], self._panel[:, j].T, single, self._target)
             out[i, j] = entries
-            overflow = np.flatnonzero(nonfinite_mask(entries))
-            if overflow.size:
-                return int(i[overflow[0]]), int(j[overflow[0]])
-        return None
+            remaining.append(indices[some][~(proven & ~nonfinite_mask(entries))])
+        return np.concatenate(remaining)
+
+    def _settle_pending(self) -> None:
+        """Compute the entries that wait in more than float64."""
+        all_i, all_j = (np.concatenate(indices) for indices in zip(*self._pending, strict=True))
+        self._pending = [_NOTHING]
+        for some in _pieces(len(all_i), self._factors.r):
+            i, j = all_i[some], all_j[some]
+            own = np.arange(len(i))
+            w = self._W0[i, j].astype(np.float64)
+            B, A = self._factors.left(i), self._factors.panel(j)
+            entries = merged_entries(w, own, own, A, B, self._factors.spans, self._target)
+            self._out[i, j] = entries
+            overflows = np.flatnonzero(nonfinite_mask(entries))
+            self._overflows += zip(i[overflows].tolist(), j[overflows].tolist(), strict=True)
+
+    def _evaluator(self, dtype: np.dtype[Any]) -> IntervalEvaluator:
+        if dtype not in self._evaluators:
+            self._evaluators[dtype] = IntervalEvaluator(dtype, self._target)
+        return self._evaluators[dtype]
 
 
-def _multiply(B: Float64, A: Float64, out: Float64) -> None:
-    """Write ``B @ A`` into ``out``, as a stack of products that OpenBLAS computes in the calling thread."""
-    (m, r), c = B.shape, A.shape[1]
-    group = max(1, min(m, _SERIAL_PRODUCT // max(1, r * c)))
-    whole = m // group * group
-    np.matmul(B[:whole].reshape(-1, group, r), A, out=out[:whole].reshape(-1, group, c))
-    if whole < m:
-        np.matmul(B[whole:], A, out=out[whole:])
+def _pieces(count: int, r: int) -> Iterator[slice]:
+    """Cut a list of entries so that the products of each piece, r of an entry, fit the cache."""
+    step = max(1, _PRODUCTS_AT_ONCE // r)
+    return (slice(start, start + step) for start in range(0, count, step))

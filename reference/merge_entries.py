@@ -1,6 +1,8 @@
 """Single entries of a merge in about 106 bits, with a running error bound; exactly where even that cannot
 decide."""
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,22 +12,23 @@ from .formats import Array, FloatFormat
 from .rounding import round_float64, round_sum_to_odd
 
 Index = NDArray[np.intp]
+Spans = Sequence[tuple[slice, float]]
 
 
 def merged_entries(
-    w: Float64, rows: Index, columns: Index, A: Float64, B: Float64, scaling: float, target: FloatFormat
+    w: Float64, rows: Index, columns: Index, A: Float64, B: Float64, spans: Spans, target: FloatFormat
 ) -> Array:
-    """Return ``w[n] + scaling * sum_k B[rows[n], k] A[k, columns[n]]`` for every n, each rounded once to
+    """Return ``w[n] + sum_g scaling_g * sum_k B[rows[n], k] A[k, columns[n]]``, each rounded once to
     ``target``.
 
     Args:
         w: (n,) the frozen entries; rows, columns: (n,) where they sit in B (m, r) and A (r, c). All finite.
-        scaling: finite.
+        spans: the range of the r components that each group g is, and its scaling, finite.
 
     Signs of zeros as in `exact_entry`; an overflow is an infinity.
     """
     with np.errstate(all="ignore"):
-        high, low, error = _sum_in_double_double(w, rows, columns, A, B, scaling)
+        high, low, error = _sum_in_double_double(w, rows, columns, A, B, spans)
         inexact = error > 0
         # One step outwards covers the rounding of low -+ error; where nothing was lost there is no interval
         # at all.
@@ -39,17 +42,36 @@ def merged_entries(
     # known there.
     decided &= np.isfinite(high) & np.isfinite(low) & np.isfinite(error)
     for n in np.flatnonzero(~decided):
-        result[n] = exact_entry(w[n], B[rows[n]], A[:, columns[n]], scaling, target.dtype)
+        groups = [(B[rows[n], span], A[span, columns[n]], scaling) for span, scaling in spans]
+        result[n] = exact_entry(w[n], groups, target.dtype)
     return result
 
 
 def _sum_in_double_double(
-    w: Float64, rows: Index, columns: Index, A: Float64, B: Float64, scaling: float
+    w: Float64, rows: Index, columns: Index, A: Float64, B: Float64, spans: Spans
 ) -> tuple[Float64, Float64, Float64]:
     """Return ``high = fl(high + low)``, ``low`` and ``error`` with ``|exact - (high + low)| <= error``.
 
     Every operation is error-free but the additions to ``low``; their residuals are known, and ``error`` is
     the sum of their magnitudes. So it is zero when nothing was lost, and an exact tie is seen to be one.
+    """
+    high, low, error = w, np.zeros_like(w), np.zeros_like(w)
+    for span, scaling in spans:
+        update, update_low, update_error = _scaled_product(rows, columns, A[span], B[:, span], scaling)
+        high, rest = two_sum(high, update)
+        low, lost = _add_all(low, rest, *update_low)
+        error = error + update_error + lost
+    # The error's own roundings are fewer than 4 r + 16 for each group, each of relative size 2^-53.
+    error = error * (1.0 + (4 * A.shape[0] + 16 * len(spans)) * 2.0**-53)
+    high, low = two_sum(high, low)
+    return high, low, np.where(error > 0, np.nextafter(error, np.inf), error)
+
+
+def _scaled_product(
+    rows: Index, columns: Index, A: Float64, B: Float64, scaling: float
+) -> tuple[Float64, tuple[Float64, Float64, Float64], Float64]:
+    """Return ``scaling * sum_k B[rows, k] A[k, columns]`` as a sum of four numbers, and a bound on its
+    error.
     """
     r = A.shape[0]
     high, low = two_product(np.ascontiguousarray(B[rows].T), A[:, columns])
@@ -66,13 +88,8 @@ def _sum_in_double_double(
     high, high_rest = two_product(high[0], scaling)
     low, low_rest = two_product(low[0], scaling)
     # Up by one step, lest an underflow turn "a little was lost" into "nothing was lost".
-    error = np.where(error[0] > 0, np.nextafter(error[0] * abs(scaling), np.inf), error[0])
-    high, rest = two_sum(w, high)
-    low, lost = _add_all(low, rest, high_rest, low_rest)
-    # The error's own roundings are fewer than 4 r + 16, each of relative size 2^-53.
-    error = (error + lost) * (1.0 + (4 * r + 16) * 2.0**-53)
-    high, low = two_sum(high, low)
-    return high, low, np.where(error > 0, np.nextafter(error, np.inf), error)
+    scaled = np.where(error[0] > 0, np.nextafter(error[0] * abs(scaling), np.inf), error[0])
+    return high, (low, high_rest, low_rest), scaled
 
 
 def _add_all(total: Float64, *terms: Float64) -> tuple[Float64, Float64]:

@@ -2,13 +2,17 @@
 
 import math
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import DTypeLike
 
 from .errors import ConfigError, DTypeError, NonFiniteError, ShapeError
+from .factors import Factors, row_ranges
 from .formats import Array, FloatFormat, first_nonfinite, float_format, largest_magnitude
+from .linear_shapes import adapter_suffix, rows_of
+from .low_rank import LowRank
 from .tiles import Tile, first_position, tiles
 
 MAX_THREADS = 8
@@ -17,47 +21,68 @@ _CHECKED_ENTRIES = 1 << 17
 
 @dataclass(frozen=True, eq=False)
 class MergeInputs:
-    """Arguments of a merge that fit together: W0 (out, in), A (r, in), B (out, r), finite, of known
-    dtypes."""
+    """Arguments of a merge that fit together: W0 as stored and what is added to each range of its outputs.
+
+    All are finite and of known dtypes; ``largest`` is the largest magnitude in W0.
+    """
 
     W0: Array
-    A: Array
-    B: Array
-    scaling: float
+    ranges: tuple[Factors, ...]
     target: FloatFormat
-    update_is_zero: bool
+    largest: float
 
 
 def check_merge_inputs(
-    W0: Array, A: Array, B: Array, scaling: float, dtype: DTypeLike | None, name: str
+    W0: Array,
+    adapters: Sequence[LowRank],
+    dtype: DTypeLike | None,
+    threads: int,
+    name: str,
+    fan_in_fan_out: bool = False,
 ) -> MergeInputs:
-    """Return the arguments as `MergeInputs`; reads every tensor once.
+    """Return the arguments as `MergeInputs`; reads every tensor once. Dropout and lora_B's bias play no part.
 
     Raises:
-        DTypeError, ShapeError, NonFiniteError: naming the tensor, what was expected and what came.
+        DTypeError, ShapeError, NonFiniteError, ConfigError: naming the tensor, what was expected and what
+        came.
     """
-    A_name, B_name = f"lora_A of {name}", f"lora_B of {name}"
-    tensors = {name: np.asarray(W0), A_name: np.asarray(A), B_name: np.asarray(B)}
-    for tensor_name, tensor in tensors.items():
-        float_format(tensor.dtype, tensor_name)
-        if tensor.ndim != 2:
-            raise ShapeError(f"{tensor_name}: expected a matrix, got shape {tensor.shape}; give it two axes")
-    W0, A, B = tensors.values()
-    (out_features, in_features), r = W0.shape, A.shape[0]
+    W0 = np.asarray(W0)
+    _check_matrix(W0, name)
+    checked = [
+        _check_adapter(W0.T if fan_in_fan_out else W0, adapter, name, adapter_suffix(number, adapters))
+        for number, adapter in enumerate(adapters)
+    ]
+    target = float_format(W0.dtype if dtype is None else dtype, f"dtype of the merged {name}")
+    largest = _check_finite(W0, name, threads)
+    for number, adapter in enumerate(checked):
+        suffix = adapter_suffix(number, adapters)
+        _check_finite(adapter.A, f"lora_A{suffix} of {name}", 1)
+        _check_finite(adapter.B, f"lora_B{suffix} of {name}", 1)
+    ranges = row_ranges(W0.shape[1 if fan_in_fan_out else 0], checked)
+    return MergeInputs(W0, tuple(ranges), target, largest)
+
+
+def _check_adapter(W0: Array, adapter: LowRank, name: str, suffix: str) -> LowRank:
+    """Return the adapter with arrays for tensors, once they fit W0."""
+    A, B = np.asarray(adapter.A), np.asarray(adapter.B)
+    A_name, B_name = f"lora_A{suffix} of {name}", f"lora_B{suffix} of {name}"
+    _check_matrix(A, A_name)
+    _check_matrix(B, B_name)
+    in_features, r = W0.shape[1], A.shape[0]
     remedy = "is the adapter for another model, or stored transposed?"
     if r < 1 or A.shape[1] != in_features:
         fit = f"(r, {in_features}) with r at least 1 to fit {name} {W0.shape}"
         raise ShapeError(f"{A_name}: expected {fit}, got {A.shape}; {remedy}")
-    if B.shape != (out_features, r):
-        fit = f"{(out_features, r)} to fit {name} {W0.shape} and lora_A {A.shape}"
+    expected = (rows_of(adapter, W0.shape[0], f"{suffix} of {name}"), r)
+    if B.shape != expected:
+        fit = f"{expected} to fit {name} {W0.shape} and lora_A {A.shape}"
         raise ShapeError(f"{B_name}: expected {fit}, got {B.shape}; {remedy}")
-    scaling = float(scaling)
+    scaling = float(adapter.scaling)
     if not math.isfinite(scaling):
-        raise NonFiniteError(f"scaling of {name}: expected a finite number, got {scaling}; check lora_alpha")
-    target = float_format(W0.dtype if dtype is None else dtype, f"dtype of the merged {name}")
-    for tensor_name, tensor in tensors.items():
-        _check_finite(tensor, tensor_name)
-    return MergeInputs(W0, A, B, scaling, target, scaling == 0 or _is_zero(A) or _is_zero(B))
+        raise NonFiniteError(
+            f"scaling{suffix} of {name}: expected a finite number, got {scaling}; check lora_alpha"
+        )
+    return replace(adapter, A=A, B=B, scaling=scaling)
 
 
 def check_out(out: Array, inputs: MergeInputs, name: str) -> None:
@@ -75,7 +100,8 @@ def check_out(out: Array, inputs: MergeInputs, name: str) -> None:
         raise ShapeError(f"{name}: expected shape {shape}, got {out.shape}; allocate it in that shape")
     if not out.flags.writeable:
         raise ConfigError(f"{name}: expected a writable array, got a read-only one; pass a writable one")
-    if any(np.may_share_memory(out, tensor) for tensor in (inputs.W0, inputs.A, inputs.B)):
+    factors = (tensor for own in inputs.ranges for A, B, _ in own.groups for tensor in (A, B))
+    if any(np.may_share_memory(out, tensor) for tensor in (inputs.W0, *factors)):
         raise ConfigError(f"{name}: expected memory of its own, got an input's; pass a new array")
 
 
@@ -93,19 +119,26 @@ def check_threads(threads: int | None) -> int:
     return min(threads, MAX_THREADS)
 
 
-def _check_finite(matrix: Array, name: str) -> None:
-    # One thread is enough: it is bound by memory, and takes a tenth of the merge.
-    position = first_position(_pieces(matrix), 1, lambda: lambda tile: first_nonfinite(matrix[tile]))
+def _check_matrix(tensor: Array, name: str) -> None:
+    float_format(tensor.dtype, name)
+    if tensor.ndim != 2:
+        raise ShapeError(f"{name}: expected a matrix, got shape {tensor.shape}; give it two axes")
+
+
+def _check_finite(matrix: Array, name: str, threads: int) -> float:
+    """Return the largest magnitude of the matrix, once it is known to be finite."""
+    largest: list[float] = []
+
+    def check(tile: Tile) -> tuple[int, int] | None:
+        magnitude = largest_magnitude(matrix[tile])
+        largest.append(magnitude)
+        return None if math.isfinite(magnitude) else first_nonfinite(matrix[tile])
+
+    pieces = tiles((matrix.shape[0], matrix.shape[1]), _CHECKED_ENTRIES, _CHECKED_ENTRIES)
+    position = first_position(pieces, threads, lambda: check)
     if position is not None:
         value = float(matrix[position])
         raise NonFiniteError(
             f"{name}: expected finite numbers, got {value} at {list(position)}; fetch it again"
         )
-
-
-def _is_zero(matrix: Array) -> bool:
-    return all(largest_magnitude(matrix[tile]) == 0 for tile in _pieces(matrix))
-
-
-def _pieces(matrix: Array) -> list[Tile]:
-    return tiles((matrix.shape[0], matrix.shape[1]), _CHECKED_ENTRIES, _CHECKED_ENTRIES)
+    return max(largest, default=0.0)

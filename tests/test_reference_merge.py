@@ -265,7 +265,7 @@ def test_the_result_depends_neither_on_threads_nor_on_blocks(monkeypatch, dtype,
     A, B = gaussian(rng, (r, shape[1]), 0.1), gaussian(rng, (shape[0], r), 0.1)
     expected = merge(W0, A, B, 0.3, threads=1)
     monkeypatch.setattr("loracle.reference.merge_block._BLOCK_ENTRIES", 1000)
-    monkeypatch.setattr("loracle.reference.merge_block._SERIAL_PRODUCT", 1500)
+    monkeypatch.setattr("loracle.reference.merge_interval._SERIAL_PRODUCT", 1500)
     monkeypatch.setitem(merge.__globals__, "_TILE_ENTRIES", 3000)
     monkeypatch.setitem(merge.__globals__, "_PANEL_ENTRIES", 333)
     for threads in (1, 2, 7):

@@ -1,0 +1,85 @@
+"""The interval that proves the rounding of a merged entry (Ziv's test), and the proof for single entries.
+
+Let q = w + sum_k s_k b_k a_k over the exact reals, s_k the scaling of component k. Evaluated with unit
+roundoff u, and eta the largest absolute error of an underflow: b'_k = fl(s_k b_k), p = fl(sum_k b'_k a_k),
+v = fl(w + p), each input rounded to the working dtype first. With beta = ||b'||_2 ||a||_2, which is at least
+sum |b'_k||a_k|,
+
+    |p - (q - w)| <= (r + 4) u beta (1 + 2^-13) + r eta (||a||_2 + ||b'||_2 + 2) (1 + 2^-13)
+    |v - (w + p)| <= u |v|,   and for the rounding of w:   u |w| + eta <= u (|v| (1 + u) + beta) + eta
+
+The first is Higham's gamma_{r+3}: r products, r - 1 sums in any order, fused or not, the roundings of s_k b_k
+and of both factors. So with
+
+    e = 4 u |v| + 1.01 (r + 6) u beta + 4 r eta (||a||_2 + ||b'||_2 + 2)
+
+there is room for the roundings in e and in v -+ e, and fl(v - e) <= q <= fl(v + e). Rounding is monotone: if
+both ends round to the same finite number, so does q. Where a 16-bit number is reached from float64 through
+float32, the ends stay ends if e has room for that as well: 4 u |v| with float32's u, and 4 eta with its eta.
+
+Source: Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last bit", ACM TOMS
+17 (1991); Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., lemma 3.1.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .error_free import Float64
+from .formats import Array, FloatFormat
+
+_U = {np.dtype(np.float64): 2.0**-53, np.dtype(np.float32): 2.0**-24}
+# float64 has gradual underflow; a library may have had the processor flush float32 to zero.
+_ETA = {np.dtype(np.float64): 2.0**-1074, np.dtype(np.float32): 2.0**-126}
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationError:
+    """e = ``relative`` |v| + ``absolute``; one ``absolute`` for each row of the weight."""
+
+    relative: float
+    absolute: Float64
+
+
+def evaluation_error(
+    dtype: np.dtype[Any], target: FloatFormat, r: int, row_norms: Float64, column_norm: float
+) -> EvaluationError:
+    """Return e for an evaluation in float32 or float64; see the module.
+
+    Args:
+        dtype: worked in.
+        target: rounded to in the end.
+        r: number of components.
+        row_norms: (rows,) at least ||b'||_2; column_norm: at least ||a||_2 of every column.
+    """
+    u, eta = _U[dtype], _ETA[dtype]
+    absolute = 1.01 * (r + 6) * u * (row_norms * column_norm)
+    absolute += 4 * r * eta * (row_norms + column_norm + 2)
+    if target.dtype.itemsize == 2:
+        return EvaluationError(4 * _U[np.dtype(np.float32)], absolute + 4 * _ETA[np.dtype(np.float32)])
+    return EvaluationError(4 * u, absolute)
+
+
+def round_once_more(values: Array, out: Array) -> None:
+    """Round floating-point numbers to ``out``'s dtype, a 16-bit one from float64 through float32."""
+    if values.dtype.itemsize == 8 and out.dtype.itemsize == 2:
+        values = values.astype(np.float32)
+    np.copyto(out, values, casting="same_kind")
+
+
+def prove_entries(
+    w: Float64, b: Float64, a: Float64, error: EvaluationError, target: FloatFormat
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Return single entries evaluated in float64 and rounded, and which of them are proven right.
+
+    Args:
+        w: (n,); b: (n, r), times the scaling; a: (n, r). error: its ``absolute`` is (n,).
+    """
+    value = w + np.einsum("nk,nk->n", b, a)
+    e = error.relative * np.abs(value) + error.absolute
+    low, high = np.empty(w.shape, target.dtype), np.empty(w.shape, target.dtype)
+    round_once_more(value - e, low)
+    round_once_more(value + e, high)
+    return low, (low.view(target.bits) == high.view(target.bits)) & np.isfinite(value)
