@@ -6,12 +6,13 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo test test-all mutants lint bench clean
 
 help:
 	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
 	@echo "make test      the tests, under 15 minutes on two cores"
 	@echo "make test-all  the tests and the long suites"
+	@echo "make mutants   do the tests notice every change of reference/? MODULES=\"linear bounds\" for some"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     side-by-side measurements"
 
@@ -34,6 +35,9 @@ test: .venv/dev.stamp
 
 test-all: .venv/dev.stamp lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+mutants: .venv/dev.stamp
+	$(BIN)/python tests/mutation/run.py $(MODULES) $(if $(TESTS),--tests $(TESTS))
 
 # mypy reads the namespace `loracle` off a folder that holds it under that name.
 lint: .venv/dev.stamp

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -161,6 +162,26 @@ def rows(problems: int) -> list[dict[str, Any]]:
     return found
 
 
+def pivot(found: list[dict[str, Any]]) -> Table:
+    """One line for a bound, one column for a precision: median and largest ratio."""
+    table = Table(
+        "batch, in, out, r",
+        "form",
+        "bound",
+        *PRECISIONS,
+        title="error / bound: median, largest",
+        box=MARKDOWN,
+    )
+    lines: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in found:
+        form = "certain" if row["failure"] is None else f"but for {row['failure']:g}"
+        key = (", ".join(map(str, row["shape"])), form, row["bound"])
+        lines.setdefault(key, {})[row["precision"]] = f"{row['median']:.1g}, {row['largest']:.1g}"
+    for key, cells in lines.items():
+        table.add_row(*key, *(cells.get(name, "") for name in PRECISIONS))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -172,14 +193,7 @@ def main() -> None:
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": describe("numpy", "torch"), "rows": found}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table(
-        "batch, in, out, r", "form", "precision", "bound", "median", "largest", title="error / bound"
-    )
-    for row in found:
-        form = "certain" if row["failure"] is None else f"but for {row['failure']:g}"
-        cells = (", ".join(map(str, row["shape"])), form, row["precision"], row["bound"])
-        table.add_row(*cells, f"{row['median']:.2g}", f"{row['largest']:.2g}")
-    Console().print(table)
+    Console(width=150).print(pivot(found))
     broken = [row for row in found if row["largest"] > 1]
     if broken:
         raise SystemExit(f"{len(broken)} bounds do not hold, first {broken[0]}")

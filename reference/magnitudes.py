@@ -5,7 +5,7 @@ size that its rounding error is a multiple of, and, counted along the way, the n
 which multiple.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import EllipsisType
 
@@ -87,6 +87,19 @@ class Magnitude:
     def T(self) -> "Magnitude":  # noqa: N802
         return replace(self, size=self.size.T, lost=self.lost.T)
 
+    @staticmethod
+    def stack(parts: "Sequence[Magnitude]") -> "Magnitude":
+        """Return the parts along a new first axis; the counts are the largest of theirs."""
+        return replace(
+            parts[0],
+            size=np.stack([part.size for part in parts]),
+            lost=np.stack([part.lost for part in parts]),
+            terms=max(part.terms for part in parts),
+            stores=max(part.stores for part in parts),
+            products=max(part.products for part in parts),
+            paths=max(part.paths for part in parts),
+        )
+
     def map(self, rearrange: Callable[[Array], Array]) -> "Magnitude":
         """Return the numbers moved, repeated, or filled in with zeros by ``rearrange``."""
         return replace(self, size=rearrange(self.size), lost=rearrange(self.lost))
@@ -132,8 +145,9 @@ def underflow_unit(form: FloatFormat, *scalings: float) -> float:
 
     Units of bfloat16 and float32 arithmetic may flush subnormal results to zero, so it is the smallest
     normal number, 10^-38 or less; of float16, which everyone computes with gradual underflow, the smallest
-    subnormal, 6e-8. A layer multiplies by the scaling last; where one is below 1 and comes earlier, an
-    underflow after it weighs 1 / |scaling| as much, which is allowed for.
+    subnormal, 6e-8. Another evaluation may multiply by the scaling earlier than the layer's definition, where
+    an underflow weighs up to 1 / |scaling| as much, or later, up to |scaling|; both are allowed for.
     """
     unit = form.smallest_subnormal if form.max_exponent == 15 else form.smallest_normal
-    return unit * (1.0 + max((1.0 / abs(scaling) for scaling in scalings if scaling), default=0.0))
+    weights = (max(abs(scaling), 1.0 / abs(scaling)) for scaling in scalings if scaling)
+    return unit * (1.0 + max(weights, default=0.0))

@@ -5,12 +5,14 @@ arithmetic on object arrays of `fractions.Fraction`, and on `Magnitude`, which g
 bound is a multiple of.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from typing import Any, TypeAlias
 
 import numpy as np
 
+from .balls import Ball
 from .errors import DTypeError
 from .formats import FORMATS, Array
 from .magnitudes import Magnitude, magnitude_of
@@ -23,13 +25,15 @@ _DTYPES = (*(form.dtype for form in FORMATS), np.dtype(object))
 
 def product(a: Operand, b: Operand) -> Operand:
     """Return the matrix product in the operands' dtype (NumPy would give float32 for bfloat16)."""
-    if isinstance(a, Magnitude):
+    if isinstance(a, Magnitude | Ball):
         return a @ b
     return np.matmul(a, b).astype(a.dtype, copy=False)
 
 
 def scale(values: Operand, factor: float) -> Operand:
     """Return ``factor * values``; ``factor`` is rounded to the dtype, and exact among Fractions."""
+    if isinstance(values, Ball):
+        return values.scaled(factor)
     if isinstance(values, Magnitude):
         return values * magnitude_of(np.array(factor), values.precision, values.unit)
     number: Any = Fraction(factor) if values.dtype == object else values.dtype.type(factor)
@@ -38,12 +42,17 @@ def scale(values: Operand, factor: float) -> Operand:
 
 def restructure(values: Operand, rearrange: Callable[[Array], Array]) -> Operand:
     """Return ``rearrange(values)``, where ``rearrange`` moves, repeats or fills in zeros, and no more."""
-    return values.map(rearrange) if isinstance(values, Magnitude) else rearrange(values)
+    return values.map(rearrange) if isinstance(values, Magnitude | Ball) else rearrange(values)
 
 
 def add_up(values: Operand, gather: Callable[[Array], Array], most: int) -> Operand:
     """Return ``gather(values)``, where ``gather`` sums numbers, at most ``most`` into each of its results."""
-    return values.add_up(gather, most) if isinstance(values, Magnitude) else gather(values)
+    return values.add_up(gather, most) if isinstance(values, Magnitude | Ball) else gather(values)
+
+
+def stack(parts: Sequence[Operand]) -> Operand:
+    """Return the parts, at least one and all of one shape, along a new first axis."""
+    return Magnitude.stack(parts) if isinstance(parts[0], Magnitude) else np.stack(parts)
 
 
 def masked(values: Operand, dropout: Operand | None) -> Operand:
@@ -66,7 +75,7 @@ def place_rows(values: Operand, rows: slice | None, out_features: int) -> Operan
 
 def as_rows(values: Operand) -> Operand:
     """Return the same numbers with all leading axes made one: (N, features)."""
-    return restructure(values, lambda a: a.reshape(-1, a.shape[-1]))
+    return restructure(values, lambda a: a.reshape(math.prod(a.shape[:-1]), a.shape[-1]))
 
 
 def total(values: Operand) -> Operand:

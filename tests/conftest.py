@@ -1,11 +1,12 @@
 """Settings shared by all tests: one deterministic hypothesis profile, and GPU tests only where there is
 one."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from loracle.files import cache_folder
 
@@ -18,7 +19,16 @@ settings.register_profile(
     print_blob=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
-settings.load_profile("loracle")
+# Where one failure is enough: few examples, and no search for the smallest that fails.
+settings.register_profile(
+    "mutation",
+    parent=settings.get_profile("loracle"),
+    max_examples=20,
+    phases=[Phase.explicit, Phase.generate],
+    report_multiple_bugs=False,
+    suppress_health_check=list(HealthCheck),
+)
+settings.load_profile(os.environ.get("LORACLE_TEST_PROFILE", "loracle"))
 
 
 def _cuda_is_there() -> bool:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -9,12 +11,16 @@ from strategies import ARRAYS, LoraProblem, lora_problems
 from loracle.reference import (
     ConfigError,
     DTypeError,
+    LowRank,
     Precision,
     ShapeError,
+    adapted_linear_forward_bound,
     gamma,
     linear_backward_bound,
     linear_forward,
     linear_forward_bound,
+    merge_bound,
+    merged_against_unmerged_bound,
     merged_forward_bound,
     product_noise,
     unit_roundoff,
@@ -271,6 +277,76 @@ def test_a_float32_accumulator_bounds_what_bfloat16_alone_cannot():
     assert (difference > narrow_bound).all()
 
 
+def test_the_bound_of_a_rounded_merge_counts_the_roundings_that_it_says():
+    """Two adapters of ones in bfloat16. Of stored roundings there are, of each update, the scaling's own and
+    the multiplication's, and the first is added to once more: 4, and a slack of 5."""
+    W0, A, B = np.ones((3, 7), BF16), np.ones((2, 7), BF16), np.ones((3, 2), BF16)
+    adapters = [LowRank(A, B, 2.0), LowRank(A, B[:2], -0.5, rows=slice(1, 3))]
+    size = np.array([[5.0], [6.0], [6.0]]) @ np.ones((1, 7))
+    before = growth(2, 9, BF16, BF16) * size
+    for stored in (BF16, F16):
+        expected = before + unit_roundoff(stored) * (size + before)
+        bound = merge_bound(W0, adapters, BF16, dtype=stored)
+        assert (bound > expected).all()
+        assert bound == pytest.approx(expected + (stored == F16) * 2.0**-14, rel=1e-8)
+    assert np.array_equal(merge_bound(W0, adapters, BF16), merge_bound(W0, adapters, BF16, dtype=BF16))
+
+
+def test_a_rounded_merge_of_nothing_may_underflow_when_it_is_stored():
+    nothing = np.zeros((3, 4), F16), [LowRank(np.zeros((2, 4), F16), np.zeros((3, 2), F16), 1.0)]
+    bound = merge_bound(*nothing, F16)
+    assert ((bound > 2.0**-14) & (bound < 1.1 * 2.0**-14)).all()
+
+
+def test_a_rounded_merge_needs_a_matrix_and_adapters_without_dropout():
+    own = LowRank(np.ones((2, 4)), np.ones((3, 2)), 1.0)
+    with pytest.raises(ShapeError, match=r"^W0: expected \(out, in\), got \(4,\)"):
+        merge_bound(np.ones(4), [own], F32)
+    with pytest.raises(ShapeError, match=r"^dropout: expected \(0, 4\) to fit .*, got \(1, 4\)"):
+        merge_bound(np.ones((3, 4)), [replace(own, dropout=np.ones((1, 4)))], F32)
+
+
+@pytest.mark.parametrize("own_bias", [False, True])
+@pytest.mark.parametrize("low_bias", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "stored"), [(BF16, BF16), (F64, BF16), (BF16, F64), (F64, None), (F32, None)], ids=str
+)
+def test_merged_against_unmerged_is_bounded_by_three_terms(precision, stored, low_bias, own_bias):
+    """Each layer's own bound, and the rounding of the merged weight; dropout counts for neither."""
+    rng = np.random.default_rng(5)
+
+    def numbers(*shape):
+        return rng.normal(size=shape).astype(F32)
+
+    x, W0, bias = numbers(5, 7), numbers(4, 7), numbers(4) if own_bias else None
+    adapters = [
+        LowRank(numbers(2, 7), numbers(4, 2), -2.0, dropout=numbers(5, 7)),
+        LowRank(numbers(3, 7), numbers(2, 3), 0.5, rows=slice(1, 3), bias=numbers(2) if low_bias else None),
+        LowRank(numbers(1, 7), numbers(4, 1), -1.5, bias=numbers(4) if low_bias else None),
+    ]
+    weight = abs(W0.astype(F64))
+    shift = np.zeros(4) if bias is None else abs(bias.astype(F64))
+    for own in adapters:
+        rows = own.rows or slice(None)
+        weight[rows] += abs(own.scaling) * (abs(own.B.astype(F64)) @ abs(own.A.astype(F64)))
+        shift[rows] += 0 if own.bias is None else abs(own.scaling) * abs(own.bias.astype(F64))
+    rounding = unit_roundoff(F32 if stored is None else stored) * weight
+    undropped = [replace(own, dropout=None) for own in adapters]
+    expected = (
+        adapted_linear_forward_bound(x, W0, undropped, precision, bias=bias)
+        + merged_forward_bound(x, weight + rounding, precision, bias=shift if low_bias or own_bias else None)
+        + abs(x.astype(F64)) @ rounding.T * (1 + 2.0**-20)
+    )
+    bound = merged_against_unmerged_bound(x, W0, adapters, precision, bias=bias, dtype=stored)
+    assert bound == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_merged_weight_may_underflow_when_it_is_stored():
+    x, W0 = np.ones((1, 7), F16), np.zeros((3, 7), F16)
+    bound = merged_against_unmerged_bound(x, W0, [], F64)
+    assert bound == pytest.approx(np.full((1, 3), 7 * 2.0**-24), rel=1e-5)
+
+
 def test_the_merged_bound_holds_and_catches_a_narrower_dtype():
     problem = long_problem(F32)
     exact = forward(
@@ -317,6 +393,7 @@ def test_noise_is_as_large_as_real_errors_and_never_smaller():
     assert noise.shape == (400,)
     assert 0.1 < rms / np.sqrt(np.mean(noise**2)) < 1
     assert product_noise(4, 2.0**-24, 3.0) == 6 * 2.0**-24
+    assert product_noise(4, 2.0**-24, energy.astype(F32)).dtype == F64
 
 
 def test_bounds_have_the_shapes_of_what_they_bound():

@@ -1,5 +1,6 @@
 import math
 import struct
+import tracemalloc
 from fractions import Fraction
 
 import ml_dtypes
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from loracle.reference import DTypeError, round_float64, round_fraction, round_to
 from loracle.reference.formats import FORMATS, float_format
-from loracle.reference.rounding import round_sum_to_odd
+from loracle.reference.rounding import _float32_to_odd, round_sum_to_odd
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = [form.dtype for form in FORMATS]
@@ -100,10 +101,8 @@ def test_random_float64_bit_patterns_round_as_the_exact_rational_does(dtype):
     assert np.array_equal(bits(round_float64(values, dtype)), bits(expected))
 
 
-@given(st.fractions(), st.integers(-1100, 1100), st.sampled_from(DTYPES))
-def test_round_fraction_gives_the_nearest_number(q, exponent, dtype):
+def check_that_no_neighbour_is_nearer(q, dtype):
     form = float_format(dtype)
-    q = q * Fraction(2) ** exponent
     value = float(round_fraction(q, dtype))
     if math.isinf(value):
         assert abs(q) >= Fraction(form.largest) + Fraction(2) ** (form.max_exponent - form.precision)
@@ -114,6 +113,19 @@ def test_round_fraction_gives_the_nearest_number(q, exponent, dtype):
         other = np.array([neighbour & (2 * form.magnitude_mask + 1)], form.bits).view(dtype).astype(float)[0]
         if math.isfinite(other) and other != value:
             assert error <= abs(q - Fraction(other))
+
+
+@given(st.fractions(), st.integers(-1100, 1100), st.sampled_from(DTYPES))
+def test_round_fraction_gives_the_nearest_number(q, exponent, dtype):
+    check_that_no_neighbour_is_nearer(q * Fraction(2) ** exponent, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rationals_that_no_format_holds_are_rounded_to_the_nearest(dtype):
+    rng = np.random.default_rng(4)
+    for numerator, denominator in rng.integers(1, 2**62, (200, 2)).tolist():
+        check_that_no_neighbour_is_nearer(Fraction(numerator, denominator), dtype)
+        check_that_no_neighbour_is_nearer(Fraction(-numerator, denominator % 1000 * 2**20 + 3), dtype)
 
 
 @given(st.floats(allow_nan=False))
@@ -160,6 +172,43 @@ def test_round_to_from_float32_is_the_rounding_of_the_same_number(target):
     )
 
 
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+def test_round_to_from_float64_is_round_float64(target):
+    values = float64_bit_patterns(np.random.default_rng(3), 4000, target)
+    assert np.array_equal(bits(round_to(values, target)), bits(round_float64(values, target)))
+
+
+@pytest.mark.parametrize("target", DTYPES, ids=str)
+@pytest.mark.parametrize("source", DTYPES, ids=str)
+def test_no_floating_point_error_is_reported_whatever_numpy_is_told(source, target):
+    form = float_format(source)
+    signalling = np.array([form.infinity_bits + 1], form.bits).view(source)
+    numbers = np.array([form.largest, form.smallest_subnormal, 1.0, np.nan, np.inf], source)
+    values = np.concatenate([signalling, numbers, -numbers])
+    with np.errstate(all="raise"):
+        rounded = round_to(values, target)
+        if source == np.float64:
+            assert np.array_equal(bits(rounded), bits(round_float64(values, target)))
+    assert np.isnan(rounded[[0, 4]]).all()
+
+
+def test_round_float64_widens_what_is_narrower_first():
+    for dtype in DTYPES[:3]:
+        values = np.array([1.0 + 2.0**-7, -0.0, float_format(dtype).largest], dtype)
+        for target in DTYPES:
+            expected = round_float64(values.astype(np.float64), target)
+            assert np.array_equal(bits(round_float64(values, target)), bits(expected))
+
+
+def test_round_to_makes_no_other_copy_of_a_float32_array():
+    values = np.ones(2**20, np.float32)
+    tracemalloc.start()
+    rounded = round_to(values, np.float16)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 1.1 * rounded.nbytes
+
+
 def test_round_to_never_returns_its_argument():
     for dtype in DTYPES:
         values = np.ones(3, dtype)
@@ -173,12 +222,18 @@ def test_rounding_keeps_the_shape_and_accepts_any_strides():
 
 
 def test_other_dtypes_are_refused():
-    with pytest.raises(DTypeError):
-        round_fraction(Fraction(1), np.int8)
-    with pytest.raises(DTypeError):
-        round_float64(np.ones(2), np.int8)
-    with pytest.raises(DTypeError, match="values"):
-        round_to(np.ones(2, np.int64), np.float32)
+    for call in (
+        lambda: round_fraction(Fraction(1), np.int8),
+        lambda: round_float64(np.ones(2), np.int8),
+        lambda: round_to(np.ones(2), np.int8),
+    ):
+        with pytest.raises(DTypeError, match=r"^dtype: expected one of .* got dtype\('int8'\); convert it$"):
+            call()
+    for call in (round_float64, round_to):
+        with pytest.raises(
+            DTypeError, match=r"^values: expected one of .* got dtype\('int64'\); convert it$"
+        ):
+            call(np.ones(2, np.int64), np.float32)
 
 
 @given(st.floats(-4, 4), st.floats(-4, 4), st.integers(-80, 80))
@@ -208,3 +263,14 @@ def test_round_sum_to_odd_then_once_more_is_the_rounding_of_the_exact_sum(high, 
 )
 def test_round_sum_to_odd_by_hand(high, low, expected):
     assert round_sum_to_odd(np.array([high]), np.array([low]))[0] == expected
+
+
+def test_float32_to_odd_truncates_and_sets_the_last_bit_of_what_was_inexact():
+    step = 2.0**-23
+    values = np.array(
+        [1.0, 1 + step, 1 + step / 8, 1 + 7 * step / 8, 1 + 9 * step / 8, -1 - 15 * step / 8, 1e300]
+    )
+    largest = float(np.finfo(np.float32).max)
+    expected = [1.0, 1 + step, 1 + step, 1 + step, 1 + step, -1 - step, largest]
+    with np.errstate(over="ignore"):
+        assert _float32_to_odd(values).tolist() == expected

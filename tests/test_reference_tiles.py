@@ -18,6 +18,23 @@ def test_tiles_cover_a_matrix_once_and_keep_their_size(rows, columns, entries, m
     assert (count == 1).all()
 
 
+def test_a_narrow_matrix_has_tiles_of_whole_rows_and_as_many_as_fit():
+    assert tiles((10, 3), 12, 100) == [
+        (slice(0, 4), slice(0, 3)),
+        (slice(4, 8), slice(0, 3)),
+        (slice(8, 10), slice(0, 3)),
+    ]
+
+
+def test_a_wide_matrix_is_cut_panel_after_panel():
+    assert tiles((3, 5), 8, 4) == [
+        (slice(0, 2), slice(0, 4)),
+        (slice(2, 3), slice(0, 4)),
+        (slice(0, 2), slice(4, 5)),
+        (slice(2, 3), slice(4, 5)),
+    ]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 7, 100])
 def test_every_tile_is_visited_by_a_worker_of_its_thread_and_the_first_report_in_row_order_wins(threads):
     work = tiles((10, 12), 10, 4)
@@ -40,6 +57,16 @@ def test_every_tile_is_visited_by_a_worker_of_its_thread_and_the_first_report_in
     assert first_position(work, threads, make_worker) == (4, 11)
     assert sorted(visited, key=str) == sorted(work, key=str)
     assert len(workers) == min(threads, len(work))
+
+
+def test_as_many_threads_run_at_once_as_were_asked_for():
+    threads = 40  # more than a pool has by default, on any machine
+    together = threading.Barrier(threads)
+
+    def worker(tile):
+        together.wait(timeout=5)
+
+    assert first_position(tiles((threads, 1), 1, 1), threads, lambda: worker) is None
 
 
 def test_nothing_reported_is_none_and_no_work_is_fine():

@@ -1,0 +1,147 @@
+"""Which way an entry goes through the stages of a merge: it must not be seen in the result."""
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from loracle.reference import LowRank, merge, merge_exact
+from loracle.reference import merge_block as module
+from loracle.reference.factors import row_ranges
+from loracle.reference.formats import float_format
+from loracle.reference.merge_block import BlockMerger
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+F16, F32, F64 = (np.dtype(name) for name in ("f2", "f4", "f8"))
+
+
+@pytest.fixture
+def log(monkeypatch):
+    """What was evaluated in which dtype: "all float32", "single", "settled", with how many entries each."""
+    found = []
+    ends, prove, settle = module.IntervalEvaluator.ends, module.prove_entries, module.merged_entries
+
+    def logged_ends(self, W0, B, *rest):
+        found.append((f"all {B.dtype}", W0.size))
+        return ends(self, W0, B, *rest)
+
+    monkeypatch.setattr(module.IntervalEvaluator, "ends", logged_ends)
+    monkeypatch.setattr(
+        module, "prove_entries", lambda w, *rest: found.append(("single", len(w))) or prove(w, *rest)
+    )
+    monkeypatch.setattr(
+        module, "merged_entries", lambda w, *rest: found.append(("settled", len(w))) or settle(w, *rest)
+    )
+    return found
+
+
+def counts(log):
+    return {kind: sum(n for own, n in log if own == kind) for kind in dict.fromkeys(kind for kind, _ in log)}
+
+
+def model_like(dtype, r=8, shape=(64, 96), update=0.1):
+    rng = np.random.default_rng(3)
+    W0 = (rng.normal(size=shape) * 0.02).astype(dtype)
+    A = (rng.normal(size=(r, shape[1])) / 8).astype(F32)
+    B = (rng.normal(size=(shape[0], r)) * 0.02 * update).astype(F32)
+    return W0, A, B
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(F32, {"all float64"}), (BF16, {"all float32", "single"}), (F16, {"all float32", "single"})],
+)
+def test_most_entries_are_proven_at_the_first_stage(log, dtype, expected):
+    W0, A, B = model_like(dtype)
+    merged = merge(W0, A, B, 2.0, threads=1)
+    assert np.array_equal(merged, merge_exact(W0, A, B, 2.0, dtype))
+    found = counts(log)
+    assert set(found) - {"settled"} == expected
+    assert found[next(iter(found))] == W0.size
+    assert found.get("single", 0) < W0.size / 100
+    assert found.get("settled", 0) < W0.size / 1000
+
+
+def test_a_16_bit_tile_that_float32_does_not_prove_is_followed_by_float64(log, monkeypatch):
+    """An update far larger than the weight: float32's error beside it is too large for half of the
+    entries.
+    """
+    monkeypatch.setitem(merge.__globals__, "_TILE_ENTRIES", 1024)
+    monkeypatch.setitem(merge.__globals__, "_PANEL_ENTRIES", 1024)
+    W0, A, B = model_like(BF16, r=64, shape=(64, 32), update=50)
+    merged = merge(W0, A, B, 2.0, threads=1)
+    assert np.array_equal(merged, merge_exact(W0, A, B, 2.0, BF16))
+    first, *others = [kind for kind, _ in log if kind.startswith("all")]
+    assert first == "all float32"
+    assert set(others) == {"all float64"}
+
+
+def test_float32_is_left_alone_for_many_components_and_for_numbers_near_its_ends(log):
+    W0, A, B = model_like(BF16, r=1025, shape=(2, 3))
+    assert np.array_equal(merge(W0, A, B, 2.0), merge_exact(W0, A, B, 2.0, BF16))
+    assert counts(log)["all float64"] == 6
+    log.clear()
+    W0, A, B = model_like(BF16, r=1024, shape=(2, 3))
+    merge(W0, A, B, 2.0)
+    assert counts(log)["all float32"] == 6
+    big, small = 2.0**121, 2.0**-121
+    for weight, a, b, kind in (
+        (1.5, 2.0**118, 2.0**-118, "all float32"),
+        (1.5, big, small, "all float64"),
+        (1.5, small, big, "all float64"),
+        (big, 1.0, 1.0, "all float64"),
+        (1.5, 2.0**61, 2.0**60, "all float64"),
+    ):
+        log.clear()
+        given = np.full((2, 3), weight, BF16), np.full((1, 3), a), np.full((2, 1), b)
+        assert np.array_equal(merge(*given, 1.0), merge_exact(*given, 1.0, BF16))
+        assert next(iter(counts(log))) == kind
+
+
+def test_float64_needs_more_than_float64_for_every_entry(log):
+    W0, A, B = model_like(F64, shape=(9, 10))
+    assert np.array_equal(merge(W0, A, B, 1 / 3), merge_exact(W0, A, B, 1 / 3, F64))
+    assert counts(log) == {"settled": 90}
+
+
+def test_entries_that_are_left_wait_until_there_are_many(log, monkeypatch):
+    monkeypatch.setattr(module, "_PENDING_ENTRIES", 10)
+    W0, A, B = np.zeros((8, 6), F32), np.zeros((1, 6), F32), np.ones((8, 1), F32)
+    A[0, 0] = 1
+    (factors,) = row_ranges(8, [LowRank(A, B, 1.0)])
+    out = np.full((8, 6), 7, F32)
+    merger = BlockMerger(factors, W0, 0.0, out, float_format(F32))
+    merger.merge((slice(0, 2), slice(0, 6)))  # 5 zeros in each row are beyond any relative error
+    assert "settled" not in counts(log)
+    merger.merge((slice(2, 4), slice(0, 6)))
+    assert counts(log)["settled"] == 20
+    merger.merge((slice(4, 6), slice(0, 6)))
+    assert counts(log)["settled"] == 20
+    assert merger.finish() is None
+    assert counts(log)["settled"] == 30
+    assert merger.finish() is None
+    assert counts(log)["settled"] == 30
+    assert out[:6].tolist() == [[1, 0, 0, 0, 0, 0]] * 6
+    assert (out[6:] == 7).all()
+
+
+def test_the_first_overflow_of_all_tiles_is_reported_at_the_end():
+    W0, A, B = np.ones((6, 4), F16), np.full((1, 4), 300.0, F32), np.ones((6, 1), F32)
+    B[[1, 4]] = 300
+    (factors,) = row_ranges(6, [LowRank(A, B, 1.0)])
+    out = np.empty((6, 4), F16)
+    merger = BlockMerger(factors, W0, 1.0, out, float_format(F16))
+    for tile in ((slice(3, 6), slice(2, 4)), (slice(0, 3), slice(2, 4)), (slice(0, 3), slice(1, 2))):
+        merger.merge(tile)
+    assert merger.finish() == (1, 1)
+    assert out[0, 1:].tolist() == [301] * 3
+    assert np.isinf(out[1, 1:]).all()
+
+
+def test_products_and_blocks_are_cut_so_that_they_fit_the_cache(log, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ENTRIES", 96 * 5)
+    monkeypatch.setattr(module, "_PRODUCTS_AT_ONCE", 8 * 3)
+    W0, A, B = model_like(BF16)
+    assert np.array_equal(merge(W0, A, B, 2.0, threads=1), merge_exact(W0, A, B, 2.0, BF16))
+    assert max(n for kind, n in log if kind.startswith("all")) == 96 * 5
+    assert max(n for kind, n in log if kind == "single") == 3
+    assert all(n <= 3 for kind, n in log if kind == "settled")
