@@ -11,7 +11,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .error_free import Float64, two_product, two_sum
 from .formats import Array, FloatFormat, float_format, nonfinite_mask
-from .merge_entries import Index, _round_sum, _sum_in_double_double
+from .merge_entries import Index, round_sum, sum_in_double_double
 from .rounding import round_fraction
 
 # At most this many products of A and B, and entries, are held in double-double at once.
@@ -111,7 +111,7 @@ class RowMerger:
         A = self._A[:, needed].astype(np.float64)
         w = self._W0[rows, columns].astype(np.float64)
         spans = [(slice(None), self._scaling)]
-        return _sum_in_double_double(w, rows, places.reshape(-1), A, self._B, spans)
+        return sum_in_double_double(w, rows, places.reshape(-1), A, self._B, spans)
 
     def _norms_of(self, rows: Index) -> tuple[Float64, Float64, Float64]:
         """Return the rows' norms as th, tl and the relative error T."""
@@ -149,8 +149,8 @@ class RowMerger:
             certain = (relative <= 2.0**-60) & (np.abs(q1) >= _SMALLEST_RESULT)
             q1, q2 = two_sum(q1, q2)
             # One step outwards covers the rounding of q2 -+ error.
-            result = _round_sum(q1, np.nextafter(q2 - error, -np.inf), self._target)
-            other = _round_sum(q1, np.nextafter(q2 + error, np.inf), self._target)
+            result = round_sum(q1, np.nextafter(q2 - error, -np.inf), self._target)
+            other = round_sum(q1, np.nextafter(q2 + error, np.inf), self._target)
         certain &= np.isfinite(q1) & np.isfinite(q2) & np.isfinite(error)
         certain &= (result.view(self._target.bits) == other.view(self._target.bits)) & ~nonfinite_mask(result)
         result[zero] = 0

@@ -28,13 +28,13 @@ def merged_entries(
     Signs of zeros as in `exact_entry`; an overflow is an infinity.
     """
     with np.errstate(all="ignore"):
-        high, low, error = _sum_in_double_double(w, rows, columns, A, B, spans)
+        high, low, error = sum_in_double_double(w, rows, columns, A, B, spans)
         inexact = error > 0
         # One step outwards covers the rounding of low -+ error; where nothing was lost there is no interval
         # at all.
         below = np.where(inexact, np.nextafter(low - error, -np.inf), low)
         above = np.where(inexact, np.nextafter(low + error, np.inf), low)
-        result, other = _round_sum(high, below, target), _round_sum(high, above, target)
+        result, other = round_sum(high, below, target), round_sum(high, above, target)
     zero = (high == 0) & (low == 0) & (error == 0)
     result[zero] = np.where(w == 0, w, 0.0)[zero].astype(target.dtype)
     decided = zero | (result.view(target.bits) == other.view(target.bits))
@@ -47,7 +47,7 @@ def merged_entries(
     return result
 
 
-def _sum_in_double_double(
+def sum_in_double_double(
     w: Float64, rows: Index, columns: Index, A: Float64, B: Float64, spans: Spans
 ) -> tuple[Float64, Float64, Float64]:
     """Return ``high = fl(high + low)``, ``low`` and ``error`` with ``|exact - (high + low)| <= error``.
@@ -101,7 +101,7 @@ def _add_all(total: Float64, *terms: Float64) -> tuple[Float64, Float64]:
     return total, lost
 
 
-def _round_sum(high: Float64, low: Float64, target: FloatFormat) -> Array:
+def round_sum(high: Float64, low: Float64, target: FloatFormat) -> Array:
     """Round the exact sum ``high + low`` once: float64's own addition does it for float64."""
     if target.precision == 53:
         total: Array = high + low

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from loracle.reference.exact import exact_entry
 from loracle.reference.formats import FORMATS
-from loracle.reference.merge_entries import _sum_in_double_double, merged_entries
+from loracle.reference.merge_entries import sum_in_double_double, merged_entries
 
 
 def numbers(rng, shape, spread):
@@ -53,7 +53,7 @@ def test_the_exact_sum_lies_within_the_error_and_no_error_means_exact(seed, r, s
     spans = whole(scaling) if not 0 < cut < r else [(slice(0, cut), scaling), (slice(cut, r), 0.75)]
     if cancel:
         w = -sum(s * np.einsum("nk,kn->n", B[i][:, span], A[span][:, j]) for span, s in spans)
-    high, low, error = _sum_in_double_double(w, i, j, A, B, spans)
+    high, low, error = sum_in_double_double(w, i, j, A, B, spans)
     assert np.array_equal(high, high + low)
     for n in range(30):
         truth = exact(w[n], i[n], j[n], A, B, spans)
@@ -68,7 +68,7 @@ def test_integers_are_summed_without_error():
     A, B = rng.integers(-9, 10, (7, 6)).astype(float), rng.integers(-9, 10, (5, 7)).astype(float)
     i, j = np.divmod(np.arange(30), 6)
     w = rng.integers(-9, 10, 30) * 2.0**40
-    high, low, error = _sum_in_double_double(w, i, j, A, B, whole(0.25))
+    high, low, error = sum_in_double_double(w, i, j, A, B, whole(0.25))
     assert not error.any()
     assert [Fraction(h) + Fraction(v) for h, v in zip(high, low, strict=True)] == [
         exact(w[n], i[n], j[n], A, B, whole(0.25)) for n in range(30)
@@ -79,7 +79,7 @@ def test_a_loss_that_underflows_in_the_product_with_the_scaling_is_still_a_loss(
     """The sum of 1 and 2^-54 - 2^-60 has no room for the third number, which is zero times the scaling."""
     A = np.array([[1.0], [2.0**-54 - 2.0**-60], [2.0**-500]])
     B, index = np.ones((1, 3)), np.array([0])
-    _, _, error = _sum_in_double_double(np.zeros(1), index, index, A, B, whole(2.0**-700))
+    _, _, error = sum_in_double_double(np.zeros(1), index, index, A, B, whole(2.0**-700))
     assert error[0] > 0
 
 
