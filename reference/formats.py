@@ -98,6 +98,9 @@ def nonfinite_mask(values: Array) -> NDArray[np.bool_]:
 def largest_magnitude(values: Array) -> float:
     """Return ``max |values|`` exactly, 0 for an empty array; infinite or NaN if and only if an element is."""
     form = float_format(values.dtype)
+    if values.dtype.itemsize > 2:
+        # Faster than by bits; a NaN goes through both.
+        return abs(float(np.maximum(values.max(initial=0), -values.min(initial=0))))
     return float(_magnitude_bits(values, form).max(initial=0).astype(form.bits).view(form.dtype))
 
 

@@ -17,7 +17,7 @@ from .tiles import Position, Tile
 
 _NOTHING: tuple[Index, Index] = (np.empty(0, np.intp), np.empty(0, np.intp))
 
-_BLOCK_ENTRIES = 1 << 15
+_BLOCK_ENTRIES = 1 << 16
 _PRODUCTS_AT_ONCE = 1 << 16
 # Entries left for `merged_entries` wait until there are this many: its cost is one of calls, not of entries.
 _PENDING_ENTRIES = 1 << 12
@@ -97,7 +97,7 @@ class BlockMerger:
         (rows, columns), bits = out.shape, self._target.bits
         panel = self._panel.astype(B.dtype, copy=False)
         evaluator = self._evaluator(B.dtype)
-        error = evaluation_error(B.dtype, self._target, B.shape[1], norms, self._panel_norm)
+        error = evaluation_error(B.dtype, B.shape[1], norms, self._panel_norm, through_float32=self._narrow)
         indices = []
         step = max(1, _BLOCK_ENTRIES // columns)
         for start in range(0, rows, step):
@@ -105,9 +105,9 @@ class BlockMerger:
             result = out[block]
             largest = self._largest + float(norms[block].max()) * self._panel_norm
             absolute = float(error.absolute[block].max())
-            low, high = evaluator.ends(W0[block], B[block], panel, error.relative, absolute, largest)
-            np.copyto(result, low, casting="same_kind")
-            other = high.astype(result.dtype)
+            other = evaluator.round_ends(
+                W0[block], B[block], panel, error.relative, absolute, largest, result
+            )
             uncertain = result.view(bits) != other.view(bits)
             if not largest < self._target.largest / 2:
                 uncertain |= nonfinite_mask(result)
@@ -118,7 +118,7 @@ class BlockMerger:
     def _round_single(self, W0: Array, B: Float64, norms: Float64, indices: Index, out: Array) -> Index:
         """Evaluate the entries at the flat indices in float64; return the indices of what is not proven."""
         remaining = [indices[:0]]
-        error = evaluation_error(B.dtype, self._target, B.shape[1], norms, self._panel_norm)
+        error = evaluation_error(B.dtype, B.shape[1], norms, self._panel_norm)
         for some in _pieces(len(indices), B.shape[1]):
             i, j = np.divmod(indices[some], out.shape[1])
             single = EvaluationError(error.relative, error.absolute[i])

@@ -15,7 +15,9 @@ and of both factors. So with
 
 there is room for the roundings in e and in v -+ e, and fl(v - e) <= q <= fl(v + e). Rounding is monotone: if
 both ends round to the same finite number, so does q. Where a 16-bit number is reached from float64 through
-float32, the ends stay ends if e has room for that as well: 4 u |v| with float32's u, and 4 eta with its eta.
+float32, p may be rounded to it before w is added, and everything after is done in it. Then e has room for
+that as well: u in its first term is float32's, and there is u beta + 4 eta with float32's u and eta beside
+the rest.
 
 Source: Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last bit", ACM TOMS
 17 (1991); Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., lemma 3.1.
@@ -29,10 +31,12 @@ from numpy.typing import NDArray
 
 from .error_free import Float64
 from .formats import Array, FloatFormat
+from .rounding import round_float64
 
-_U = {np.dtype(np.float64): 2.0**-53, np.dtype(np.float32): 2.0**-24}
+_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_U = {_FLOAT64: 2.0**-53, _FLOAT32: 2.0**-24}
 # float64 has gradual underflow; a library may have had the processor flush float32 to zero.
-_ETA = {np.dtype(np.float64): 2.0**-1074, np.dtype(np.float32): 2.0**-126}
+_ETA = {_FLOAT64: 2.0**-1074, _FLOAT32: 2.0**-126}
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,29 +48,23 @@ class EvaluationError:
 
 
 def evaluation_error(
-    dtype: np.dtype[Any], target: FloatFormat, r: int, row_norms: Float64, column_norm: float
+    dtype: np.dtype[Any], r: int, row_norms: Float64, column_norm: float, *, through_float32: bool = False
 ) -> EvaluationError:
     """Return e for an evaluation in float32 or float64; see the module.
 
     Args:
         dtype: worked in.
-        target: rounded to in the end.
         r: number of components.
         row_norms: (rows,) at least ||b'||_2; column_norm: at least ||a||_2 of every column.
+        through_float32: whether all that follows the product is done in float32.
     """
     u, eta = _U[dtype], _ETA[dtype]
     absolute = 1.01 * (r + 6) * u * (row_norms * column_norm)
     absolute += 4 * r * eta * (row_norms + column_norm + 2)
-    if target.dtype.itemsize == 2:
-        return EvaluationError(4 * _U[np.dtype(np.float32)], absolute + 4 * _ETA[np.dtype(np.float32)])
+    if through_float32:
+        absolute += 1.01 * _U[_FLOAT32] * (row_norms * column_norm) + 4 * _ETA[_FLOAT32]
+        return EvaluationError(4 * _U[_FLOAT32], absolute)
     return EvaluationError(4 * u, absolute)
-
-
-def round_once_more(values: Array, out: Array) -> None:
-    """Round floating-point numbers to ``out``'s dtype, a 16-bit one from float64 through float32."""
-    if values.dtype.itemsize == 8 and out.dtype.itemsize == 2:
-        values = values.astype(np.float32)
-    np.copyto(out, values, casting="same_kind")
 
 
 def prove_entries(
@@ -76,10 +74,9 @@ def prove_entries(
 
     Args:
         w: (n,); b: (n, r), times the scaling; a: (n, r). error: its ``absolute`` is (n,).
+        target: a format of at most 24 bits.
     """
     value = w + np.einsum("nk,nk->n", b, a)
     e = error.relative * np.abs(value) + error.absolute
-    low, high = np.empty(w.shape, target.dtype), np.empty(w.shape, target.dtype)
-    round_once_more(value - e, low)
-    round_once_more(value + e, high)
+    low, high = round_float64(value - e, target.dtype), round_float64(value + e, target.dtype)
     return low, (low.view(target.bits) == high.view(target.bits)) & np.isfinite(value)

@@ -57,8 +57,10 @@ def _relative_change(p: Bound, shift: Bound) -> Bound:
     """Return by how much of itself a probability can change when each score does by its shift."""
     others = 1.0 - np.eye(p.shape[-1])
     up, down = np.expm1(shift), -np.expm1(-shift)
+    # Not 1 - down, which is 0 from a shift of 38 on: with no other key that would be 0 / 0.
+    more, less = p * np.exp(shift), p * np.exp(-shift)
     rest = p @ others
-    rise = (rest * up + (p * down) @ others) / (p * (1 + up) + (p * (1 - down)) @ others)
-    fall = (rest * down + (p * up) @ others) / (p * (1 - down) + (p * (1 + up)) @ others)
+    rise = (rest * up + (p * down) @ others) / (more + less @ others)
+    fall = (rest * down + (p * up) @ others) / (less + more @ others)
     change: Bound = np.maximum(rise, fall)
     return change

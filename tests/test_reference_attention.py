@@ -406,7 +406,7 @@ def wrong_shapes():
         )
 
 
-@pytest.mark.parametrize(("block", "message"), wrong_shapes())
+@pytest.mark.parametrize(("block", "message"), list(wrong_shapes()))
 def test_a_wrong_shape_is_named(block, message):
     for call in (forward, backward):
         with pytest.raises(ShapeError, match=message) as caught:

@@ -342,6 +342,15 @@ def test_scores_of_which_nothing_is_known_give_probabilities_from_0_to_1():
     assert (found.radius[1] < 1e-3).all()
 
 
+@pytest.mark.parametrize("radius", [30.0, 50.0, 299.0])
+def test_the_only_key_has_probability_1_however_little_is_known_of_its_score(radius):
+    alone = softmax_ball(ball(np.zeros((1, 1)), radius), np.ones((1, 1), bool), 4.0)
+    masked = softmax_ball(ball(np.zeros((1, 2)), radius), np.array([[True, False]]), 4.0)
+    assert U32 < alone.radius[0, 0] <= masked.radius[0, 0]
+    assert masked.radius[0, 0] < 10 * U32
+    assert masked.radius[0, 1] == 0
+
+
 def test_balls_add_what_their_parts_lose():
     """Every operation against its formula, with radii that are no rounding errors."""
     precision, unit = Precision(F16, accumulator=F32), 2.0**-20

@@ -336,7 +336,7 @@ def test_the_result_depends_neither_on_threads_nor_on_bands_nor_on_panels(monkey
     sample = rng.integers(0, shape[0], 3)
     assert_nearest(expected[sample], W0[sample], A, B[sample], 0.3, m[sample])
     for band, columns, panel, serial, products in ((90, 16, 1 << 20, 300, 100), (40, 8192, 60, 1, 20)):
-        monkeypatch.setitem(merge_dora.__globals__, "_BAND_ENTRIES", band)
+        monkeypatch.setattr(dora_merge, "_BAND_ENTRIES", band)
         monkeypatch.setattr(dora_block, "_BLOCK_COLUMNS", columns)
         monkeypatch.setattr(dora_block, "_PANEL_ENTRIES", panel)
         monkeypatch.setattr(dora_block, "_SERIAL_PRODUCT", serial)

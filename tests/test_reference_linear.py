@@ -1,3 +1,5 @@
+import re
+from dataclasses import replace
 from fractions import Fraction
 
 import ml_dtypes
@@ -8,8 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import ARRAYS, LoraProblem, exact_problems, lora_problems
 
-from loracle.reference import DTypeError, ShapeError, linear_backward, linear_forward, merge, merge_exact
+from loracle.reference import (
+    ConfigError,
+    DTypeError,
+    LowRank,
+    ShapeError,
+    adapted_linear_forward,
+    linear_backward,
+    linear_forward,
+    merge,
+    merge_exact,
+)
 from loracle.reference.formats import FORMATS
+from loracle.reference.linear_shapes import rows_of
 
 DTYPES = [form.dtype for form in FORMATS]
 
@@ -144,14 +157,22 @@ def call(changed):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("W0", (12,), r"^W0: expected \(out, in\), got \(12,\)"),
-        ("A", (4,), r"^A: expected \(r, 4\) to fit W0 \(3, 4\), got \(4,\)"),
+        ("W0", (12,), r"^W0: expected \(out, in\), got \(12,\); pass the weight as a matrix$"),
+        ("A", (4,), r"^A: expected \(r, 4\) to fit W0 \(3, 4\), got \(4,\); is it transposed\?$"),
         ("A", (4, 2), r"^A: expected \(r, 4\).*got \(4, 2\)"),
         ("A", (0, 4), r"^A: expected \(r, 4\).*got \(0, 4\)"),
-        ("x", (2, 3), r"^x: expected \(..., 4\).*got \(2, 3\)"),
+        ("x", (2, 3), r"^x: expected \(..., 4\) to fit W0 \(3, 4\), got \(2, 3\); check its last axis$"),
         ("x", (), r"^x: expected \(..., 4\).*got \(\)"),
-        ("B", (2, 3), r"^B: expected \(3, 2\).*got \(2, 3\)"),
-        ("bias", (1, 3), r"^bias: expected \(3,\).*got \(1, 3\)"),
+        (
+            "B",
+            (2, 3),
+            r"^B: expected \(3, 2\) to fit W0 \(3, 4\) and A \(2, 4\), got \(2, 3\); check its axes$",
+        ),
+        (
+            "bias",
+            (1, 3),
+            r"^bias: expected \(3,\) to fit W0 \(3, 4\) and x \(2, 4\), got \(1, 3\); check its axes$",
+        ),
         ("dropout", (4,), r"^dropout: expected \(2, 4\).*got \(4,\)"),
         ("dy", (3,), r"^dy: expected \(2, 3\).*got \(3,\)"),
     ],
@@ -160,6 +181,46 @@ def test_a_wrong_shape_is_named(name, shape, message):
     with pytest.raises(ShapeError, match=message) as caught:
         call({name: np.ones(shape)})
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        slice(0, 4),
+        slice(-1, 2),
+        slice(2, 1),
+        slice(None, 2),
+        slice(1, None),
+        slice(0, 2, 2),
+        slice(0, 2, 0),
+        slice(0.0, 2),
+        slice(0, 2.0),
+    ],
+    ids=str,
+)
+def test_rows_that_are_no_range_of_outputs_are_refused(rows):
+    own = LowRank(np.ones((2, 4)), np.ones((2, 2)), 1.0, rows=rows)
+    message = f"expected a slice of step 1 within 3 outputs, got {rows}; name its start and stop"
+    with pytest.raises(ConfigError, match=f"^{re.escape('rows: ' + message)}$"):
+        rows_of(own, 3)
+    for adapters, name in (([own], "rows"), ([replace(own, rows=slice(0, 2)), own], "rows of adapter 1")):
+        with pytest.raises(ConfigError, match=f"^{re.escape(name + ': ' + message)}$"):
+            adapted_linear_forward(np.ones((2, 4)), np.ones((3, 4)), adapters)
+
+
+def test_rows_may_be_none_all_or_any_range_of_outputs():
+    own = LowRank(np.ones((2, 4)), np.ones((2, 2)), 1.0)
+    ranges = (None, slice(0, 3), slice(1, 3), slice(1, 2, 1), slice(2, 2), slice(0, 0))
+    assert [rows_of(replace(own, rows=rows), 3) for rows in ranges] == [3, 3, 2, 1, 0, 0]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_dtype_of_every_adapter_is_checked(number):
+    adapters = [LowRank(np.ones((2, 4)), np.ones((3, 2)), 1.0)] * 2
+    adapters[number] = replace(adapters[number], B=np.ones((3, 2), np.float32))
+    message = f"B of adapter {number}: expected float64 as x has, got float32; convert it"
+    with pytest.raises(DTypeError, match=f"^{message}$"):
+        adapted_linear_forward(np.ones((2, 4)), np.ones((3, 4)), adapters)
 
 
 @pytest.mark.parametrize("name", ["W0", "A", "B", "bias", "dropout", "dy"])

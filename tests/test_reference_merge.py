@@ -1,3 +1,4 @@
+import sys
 import threading
 import tracemalloc
 from fractions import Fraction
@@ -21,6 +22,9 @@ from loracle.reference import (
 )
 from loracle.reference.formats import FORMATS, float_format
 from loracle.reference.merge_inputs import check_threads
+
+# The module; the package has a function of that name.
+MERGE = sys.modules["loracle.reference.merge"]
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16, F32, F64 = (np.dtype(name) for name in ("f2", "f4", "f8"))
@@ -266,8 +270,8 @@ def test_the_result_depends_neither_on_threads_nor_on_blocks(monkeypatch, dtype,
     expected = merge(W0, A, B, 0.3, threads=1)
     monkeypatch.setattr("loracle.reference.merge_block._BLOCK_ENTRIES", 1000)
     monkeypatch.setattr("loracle.reference.merge_interval._SERIAL_PRODUCT", 1500)
-    monkeypatch.setitem(merge.__globals__, "_TILE_ENTRIES", 3000)
-    monkeypatch.setitem(merge.__globals__, "_PANEL_ENTRIES", 333)
+    monkeypatch.setattr(MERGE, "_TILE_ENTRIES", 3000)
+    monkeypatch.setattr(MERGE, "_PANEL_ENTRIES", 333)
     for threads in (1, 2, 7):
         assert_same_bits(merge(W0, A, B, 0.3, threads=threads), expected)
     sample = rng.integers(0, shape[0], 40), rng.integers(0, shape[1], 40)
@@ -464,7 +468,7 @@ def test_almost_everything_is_settled_in_float64(monkeypatch):
 
 @pytest.mark.parametrize("factors", [(0, 1, 1), (1, 0, 1), (1, 1, 0)], ids=["A", "B", "scaling"])
 def test_an_update_that_is_zero_throughout_is_a_conversion_without_arithmetic(monkeypatch, factors):
-    monkeypatch.setitem(merge.__globals__, "BlockMerger", None)
+    monkeypatch.setattr(MERGE, "BlockMerger", None)
     W0 = gaussian(np.random.default_rng(14), (5, 6), 1.0)
     a, b, scaling = factors
     merged = merge(W0, np.full((2, 6), a, F32), np.full((5, 2), b, F32), float(scaling), dtype=BF16)

@@ -1,5 +1,7 @@
 """Which way an entry goes through the stages of a merge: it must not be seen in the result."""
 
+import sys
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -12,19 +14,21 @@ from loracle.reference.merge_block import BlockMerger
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16, F32, F64 = (np.dtype(name) for name in ("f2", "f4", "f8"))
+# The module; the package has a function of that name.
+MERGE = sys.modules["loracle.reference.merge"]
 
 
 @pytest.fixture
 def log(monkeypatch):
     """What was evaluated in which dtype: "all float32", "single", "settled", with how many entries each."""
     found = []
-    ends, prove, settle = module.IntervalEvaluator.ends, module.prove_entries, module.merged_entries
+    ends, prove, settle = module.IntervalEvaluator.round_ends, module.prove_entries, module.merged_entries
 
     def logged_ends(self, W0, B, *rest):
         found.append((f"all {B.dtype}", W0.size))
         return ends(self, W0, B, *rest)
 
-    monkeypatch.setattr(module.IntervalEvaluator, "ends", logged_ends)
+    monkeypatch.setattr(module.IntervalEvaluator, "round_ends", logged_ends)
     monkeypatch.setattr(
         module, "prove_entries", lambda w, *rest: found.append(("single", len(w))) or prove(w, *rest)
     )
@@ -65,8 +69,8 @@ def test_a_16_bit_tile_that_float32_does_not_prove_is_followed_by_float64(log, m
     """An update far larger than the weight: float32's error beside it is too large for half of the
     entries.
     """
-    monkeypatch.setitem(merge.__globals__, "_TILE_ENTRIES", 1024)
-    monkeypatch.setitem(merge.__globals__, "_PANEL_ENTRIES", 1024)
+    monkeypatch.setattr(MERGE, "_TILE_ENTRIES", 1024)
+    monkeypatch.setattr(MERGE, "_PANEL_ENTRIES", 1024)
     W0, A, B = model_like(BF16, r=64, shape=(64, 32), update=50)
     merged = merge(W0, A, B, 2.0, threads=1)
     assert np.array_equal(merged, merge_exact(W0, A, B, 2.0, BF16))

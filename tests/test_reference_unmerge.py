@@ -1,3 +1,5 @@
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,6 +10,8 @@ from loracle.reference.formats import BFLOAT16, FORMATS, float_format
 
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)
 DTYPES = [form.dtype for form in FORMATS]
+# The module; the package has a function of that name.
+UNMERGE = sys.modules["loracle.reference.unmerge"]
 
 
 def assert_same_bits(actual, expected):
@@ -60,7 +64,7 @@ def test_the_record_holds_what_subtracting_does_not_restore_and_no_more():
 
 @pytest.mark.parametrize("dtype", [F32, BFLOAT16], ids=str)
 def test_a_large_weight_comes_back_from_a_record_much_smaller_than_itself(monkeypatch, dtype):
-    monkeypatch.setitem(unmerge_record.__globals__, "_PIECE_ENTRIES", 5000)
+    monkeypatch.setattr(UNMERGE, "_PIECE_ENTRIES", 5000)
     rng = np.random.default_rng(1)
     W0 = (rng.normal(size=(300, 500)) * 0.02).astype(dtype)
     A, B = (rng.normal(size=(8, 500)) * 0.01).astype(F32), (rng.normal(size=(300, 8)) * 0.02).astype(F32)

@@ -5,160 +5,72 @@ copied to ``build/mutants/<what>``; there `reference/` is ``loracle/reference`` 
 
     python tests/mutation/run.py [module ...] [--tests name ...]
 
-Without names: every module of `reference/` and every tests/test_reference_*.py. With names: these modules and
-the tests named, or those that have a module's name in theirs. docs/mutants.md says what is counted.
+Without names: every module of `reference/` against its own tests, those that have its name in theirs; then
+what survives and is not listed in docs/mutants.md against every tests/test_reference_*.py. With names: these
+modules against their own tests, or against the tests named.
 """
 
 import argparse
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
 import time
 import tomllib
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
+if __package__:
+    from .score import (
+        PAGE,
+        Mutant,
+        Result,
+        as_row,
+        change_of,
+        complaints,
+        listed_mutants,
+        split_name,
+        summary,
+    )
+else:
+    from score import PAGE, Mutant, Result, as_row, change_of, complaints, listed_mutants, split_name, summary
+
 REPOSITORY = Path(__file__).resolve().parents[2]
-LISTED = REPOSITORY / "docs" / "mutants.md"
 STAGES = REPOSITORY / "build" / "mutants"
 MUTMUT = Path(sys.executable).with_name("mutmut")
-REQUIRED = 0.95
-COLUMNS = ("killed", "survived", "timeout", "no tests", "other")
 
 # Counts the examples in docstrings, of which mutmut makes a copy for each mutant.
 _NOT_RUN = {"test_reference_doctests"}
 
-# One thread per worker, one order of every set, and hypothesis without the search for a smallest example.
+# One thread a worker, one order of every set, few hypothesis examples, no plugins to look for 10,000 times.
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "PYTHONHASHSEED": "0",
     "LORACLE_TEST_PROFILE": "mutation",
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
 }
 
 
-@dataclass(frozen=True)
-class Mutant:
-    """``function`` is a function's name or ``Class.method``; ``change`` is `` `old` -> `new` ``, see
-    `change_of`.
+def all_tests() -> list[str]:
+    """Return the names NAME of all tests/test_reference_NAME.py that are run."""
+    paths = sorted((REPOSITORY / "tests").glob("test_reference_*.py"))
+    return [path.stem.removeprefix("test_reference_") for path in paths if path.stem not in _NOT_RUN]
+
+
+def own_tests(module: str, tests: Sequence[str]) -> list[str]:
+    """Return the tests that have the module's name in theirs; where none has `linear_shapes`, `linear`'s.
+
+    All tests if none has.
     """
-
-    module: str
-    function: str
-    change: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one mutant; ``status`` as mutmut names it."""
-
-    name: str
-    status: str
-
-    @property
-    def module(self) -> str:
-        return split_name(self.name)[0]
+    words = module.split("_")
+    names = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
+    return next(filter(None, ([test for test in tests if name in test] for name in names)), list(tests))
 
 
-def split_name(name: str) -> tuple[str, str]:
-    """Return module and function of mutmut's name for a mutant.
-
-    ``loracle.reference.tiles.x_tiles__mutmut_3`` is in ("tiles", "tiles"),
-    ``loracle.reference.precision.xǁPrecisionǁgrowth__mutmut_1`` in ("precision", "Precision.growth").
-    """
-    qualified = name.removeprefix("loracle.reference.").partition("__mutmut_")[0]
-    module, _, mangled = qualified.partition(".")
-    function = mangled.removeprefix("xǁ").replace("ǁ", ".") if "ǁ" in mangled else mangled.removeprefix("x_")
-    return module, function
-
-
-def change_of(diff: str) -> str:
-    """Return the lines that a unified diff takes out and those that it puts in, in one line.
-
-    Every run of white space is one space, so that a mutant is recognised after the code has been indented
-    otherwise or moved.
-    """
-    body = [line for line in diff.splitlines() if not line.startswith(("---", "+++", "@@", "#"))]
-    old, new = (" ".join(" ".join(x[1:] for x in body if x[:1] == sign).split()) for sign in "-+")
-    return f"`{old}` -> `{new}`"
-
-
-def listed_mutants(page: str) -> set[Mutant]:
-    """Return the mutants in the tables of docs/mutants.md: rows of module.function, change and reason.
-
-    Raises:
-        ValueError: a row gives no reason.
-    """
-    found = set()
-    for line in page.splitlines():
-        cells = [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-        if len(cells) != 3 or not cells[1].startswith("`"):
-            continue
-        if not cells[2]:
-            raise ValueError(
-                f"{LISTED.name}: expected a reason why {cells[0]} {cells[1]} survives; write one"
-            )
-        module, _, function = cells[0].strip("`").partition(".")
-        found.add(Mutant(module, function, cells[1]))
-    return found
-
-
-def as_row(mutant: Mutant) -> str:
-    """Return the row that lists a mutant, its reason left open."""
-    return f"| `{mutant.module}.{mutant.function}` | {mutant.change.replace('|', chr(92) + '|')} | |"
-
-
-def summary(results: Sequence[Result]) -> str:
-    """Return a table of counts: a line for each module and one for all."""
-    lines = [f"{'module':<26}{'all':>6}" + "".join(f"{name:>10}" for name in COLUMNS) + f"{'killed':>9}"]
-    modules = sorted({result.module for result in results})
-    for label, chosen in [*((m, [r for r in results if r.module == m]) for m in modules), ("all", results)]:
-        count = Counter(r.status if r.status in COLUMNS else "other" for r in chosen)
-        counts = "".join(f"{count[name]:>10}" for name in COLUMNS)
-        lines.append(f"{label:<26}{len(chosen):>6}{counts}{100 * killed_share(chosen):>8.1f}%")
-    return "\n".join(lines)
-
-
-def killed_share(results: Sequence[Result]) -> float:
-    """Return which part of the mutants a test killed; a timeout, or one that no test calls, is none."""
-    return sum(result.status == "killed" for result in results) / len(results) if results else 1.0
-
-
-def complaints(results: Sequence[Result], survivors: Sequence[Mutant], listed: set[Mutant]) -> list[str]:
-    """Return what fails the run: too few kills, survivors that the page does not list."""
-    share = killed_share(results)
-    found = [f"killed {share:.1%}, required {REQUIRED:.0%}"] if share < REQUIRED else []
-    unlisted = [mutant for mutant in survivors if mutant not in listed]
-    if unlisted:
-        found.append(f"{len(unlisted)} survivors are not in docs/{LISTED.name}; kill or list them:")
-        found += map(as_row, unlisted)
-    return found
-
-
-def tests_of(modules: Sequence[str], named: Sequence[str]) -> list[Path]:
-    """Return the test modules tests/test_reference_NAME.py that are named, or else that fit the modules.
-
-    Those fit that have a module's name in theirs; where none has `linear_shapes`, those that have `linear`;
-    all, if no module is named or none fits.
-    """
-    tests = [p for p in sorted((REPOSITORY / "tests").glob("test_reference_*.py")) if p.stem not in _NOT_RUN]
-    if named:
-        return [path for path in tests if path.stem.removeprefix("test_reference_") in named]
-    chosen: set[Path] = set()
-    for module in modules:
-        words = module.split("_")
-        names = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
-        matches = [[path for path in tests if name in path.stem] for name in names]
-        chosen.update(next(filter(None, matches), tests))
-    return sorted(chosen) if modules else tests
-
-
-def stage(folder: Path, modules: Sequence[str], test_modules: Sequence[Path]) -> None:
+def stage(folder: Path, modules: Sequence[str], tests: Sequence[str]) -> None:
     """Write the tree that mutmut runs in: all of `reference/`, the given tests and what tests import."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(
@@ -166,35 +78,49 @@ def stage(folder: Path, modules: Sequence[str], test_modules: Sequence[Path]) ->
         folder / "loracle" / "reference",
         ignore=shutil.ignore_patterns("__pycache__"),
     )
-    tests = REPOSITORY / "tests"
+    source = REPOSITORY / "tests"
     (folder / "tests").mkdir()
-    helpers = [path for path in tests.glob("*.py") if not path.name.startswith("test_")]
-    for path in [*helpers, *test_modules]:
+    helpers = [path for path in source.glob("*.py") if not path.name.startswith("test_")]
+    for path in [*helpers, *(source / f"test_reference_{test}.py" for test in tests)]:
         shutil.copy2(path, folder / "tests")
-    shutil.copy2(tests / "mutation" / "stage_conftest.py", folder / "conftest.py")
-    files = ", ".join(f'"loracle/reference/{module}.py"' for module in modules)
+    shutil.copy2(source / "mutation" / "stage_conftest.py", folder / "conftest.py")
+    own = {module: own_tests(module, tests) for module in modules}
+    (folder / "own_tests.json").write_text(json.dumps(own))
     text = (REPOSITORY / "pyproject.toml").read_text()
     assert "mutmut" in tomllib.loads(text)["tool"], "the settings that are the same for every run"
+    files = ", ".join(f'"loracle/reference/{module}.py"' for module in modules)
     (folder / "pyproject.toml").write_text(
         text.replace("[tool.mutmut]\n", f"[tool.mutmut]\nonly_mutate = [{files}]\n")
     )
 
 
-def run_mutmut(folder: Path) -> list[Result]:
-    """Test every mutant of a staged tree and return what became of each."""
+def run_mutants(folder: Path, names: Sequence[str], own_tests_only: bool) -> list[Result]:
+    """Test the mutants of a staged tree that have one of the names, and return what became of all so far.
+
+    Naming them, if by a pattern, makes mutmut first run all their tests by name. So a test that cannot be
+    named, as one of parameters that a generator gives only once, ends the run, and is no kill.
+    """
+    environment = os.environ | _ENVIRONMENT | {"LORACLE_OWN_TESTS_ONLY": str(int(own_tests_only))}
     log = folder / "mutmut.log"
-    environment = os.environ | _ENVIRONMENT
-    with log.open("w") as output:
+    with log.open("a") as output:
         done = subprocess.run(
-            [MUTMUT, "run"], cwd=folder, env=environment, stdout=output, stderr=output, check=False
+            [MUTMUT, "run", *names], cwd=folder, env=environment, stdout=output, stderr=output, check=False
         )
     if done.returncode:
-        print(log.read_text()[-4000:], file=sys.stderr)
-        raise SystemExit(
-            f"mutmut ended with {done.returncode}; the tests have to pass before code is mutated"
-        )
+        print("\n".join(log.read_text().replace("\r", "\n").splitlines()[-20:]), file=sys.stderr)
+        raise SystemExit(f"mutmut: the tests have to pass before code is mutated; see {log}")
     lines = _mutmut(folder, "results", "--all", "true").splitlines()
     return [Result(*line.strip().rsplit(": ", 1)) for line in lines if ": " in line]
+
+
+def survivors_of(folder: Path, results: Sequence[Result]) -> dict[Result, Mutant]:
+    """Return the mutants that were not killed, and write their diffs to survivors.txt in the tree."""
+    alive = [result for result in results if not result.killed]
+    with ThreadPoolExecutor() as pool:
+        diffs = list(pool.map(lambda result: _mutmut(folder, "show", result.name), alive))
+    (folder / "survivors.txt").write_text("\n".join(diffs))
+    mutants = [Mutant(*split_name(r.name), change_of(diff)) for r, diff in zip(alive, diffs, strict=True)]
+    return dict(zip(alive, mutants, strict=True))
 
 
 def _mutmut(folder: Path, *arguments: str) -> str:
@@ -215,26 +141,29 @@ def main() -> int:
     arguments = parser.parse_args()
     chosen = sorted(set(arguments.modules))
     known = sorted(p.stem for p in (REPOSITORY / "reference").glob("*.py") if p.stem != "__init__")
-    if unknown := set(chosen) - set(known):
-        parser.error(f"expected modules of reference/, got {', '.join(sorted(unknown))}")
+    if unknown := sorted({*chosen} - {*known} | {*arguments.tests} - {*all_tests()}):
+        parser.error(f"expected modules of reference/ and tests of theirs, got {', '.join(unknown)}")
+    listed = listed_mutants(PAGE.read_text())
+    tests = arguments.tests or all_tests()
+    if chosen and not arguments.tests:
+        tests = sorted({test for module in chosen for test in own_tests(module, tests)})
     folder = STAGES / ("+".join(chosen) or "all")
     start = time.monotonic()
-    stage(folder, chosen or known, tests_of(chosen, arguments.tests))
-    results = run_mutmut(folder)
-    names = [result.name for result in results if result.status != "killed"]
-    with ThreadPoolExecutor() as pool:
-        diffs = list(pool.map(lambda name: _mutmut(folder, "show", name), names))
-    report = folder / "survivors.txt"
-    report.write_text("\n".join(diffs))
-    survivors = [Mutant(*split_name(name), change_of(diff)) for name, diff in zip(names, diffs, strict=True)]
-    listed = listed_mutants(LISTED.read_text())
+    stage(folder, chosen or known, tests)
+    print(
+        f"{len(tests)} test modules; progress is in {folder.relative_to(REPOSITORY)}/mutmut.log", flush=True
+    )
+    results = run_mutants(folder, ["loracle.reference.*"], own_tests_only=not arguments.tests)
+    survivors = survivors_of(folder, results)
+    if not chosen and (open_cases := [r.name for r, mutant in survivors.items() if mutant not in listed]):
+        results = run_mutants(folder, open_cases, own_tests_only=False)
+        survivors = survivors_of(folder, results)
     print(summary(results))
-    took = time.monotonic() - start
-    print(f"{took:.0f} seconds; {len(survivors)} survivors: diffs in {report.relative_to(REPOSITORY)}")
+    print(f"{time.monotonic() - start:.0f} seconds; diffs of {len(survivors)} survivors: survivors.txt there")
     if not chosen:
-        for stale in sorted(listed - set(survivors), key=as_row):
-            print(f"listed in docs/{LISTED.name} but killed: {stale.module}.{stale.function} {stale.change}")
-    found = complaints(results, survivors, listed)
+        for stale in sorted(map(as_row, listed - {*survivors.values()})):
+            print(f"listed in docs/{PAGE.name}, and killed: {stale}")
+    found = complaints(results, list(survivors.values()), listed)
     print("\n".join(found))
     return bool(found)
 
