@@ -37,7 +37,7 @@ test-all: .venv/dev.stamp lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
 
 mutants: .venv/dev.stamp
-	$(BIN)/python tests/mutation/run.py $(MODULES) $(if $(TESTS),--tests $(TESTS))
+	$(BIN)/python -m tests.mutation.run $(MODULES) $(if $(TESTS),--tests $(TESTS))
 
 # mypy reads the namespace `loracle` off a folder that holds it under that name.
 lint: .venv/dev.stamp

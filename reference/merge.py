@@ -11,13 +11,13 @@ from .factors import Factors
 from .formats import Array, first_nonfinite
 from .low_rank import LowRank
 from .merge_block import BlockMerger
-from .merge_inputs import MergeInputs, check_merge_inputs, check_out, check_threads
+from .merge_inputs import MergeInputs, check_finite, check_merge_inputs, check_out, check_threads
 from .rounding import round_to
 from .tiles import Position, Tile, first_position, tiles
 
-# A tile is the work that a thread takes at a time; a panel of A in float64 stays in the second-level cache.
+# A tile is the work that a thread takes at a time; a panel of A in float64 stays in the last-level cache.
 _TILE_ENTRIES = 1 << 18
-_PANEL_ENTRIES = 1 << 16
+_PANEL_ENTRIES = 1 << 18
 _MAX_PANEL_COLUMNS = 1 << 12
 _ROWS_OF_B_ENTRIES = 1 << 17
 
@@ -64,7 +64,7 @@ def merge(
         ConfigError: ``threads`` below 1; ``out`` read-only or overlapping an input.
 
     All inputs are checked before anything is written to ``out``. Only an overflow is found later: then
-    ``out`` holds a part of the result, and must not be used.
+    ``out`` holds a part of the result, and must not be used. A new array is filled while W0 is checked.
 
     Source: LoRA, arXiv 2106.09685, section 4.1. Ziv, "Fast evaluation of elementary mathematical functions
     with correctly rounded last bit", ACM TOMS 17 (1991), for the way to round correctly.
@@ -96,12 +96,15 @@ def merge_adapters(
     The other arguments, signed zeros, memory, errors and source as for `merge`.
     """
     threads = check_threads(threads)
-    inputs = check_merge_inputs(W0, adapters, dtype, threads, name, fan_in_fan_out)
+    inputs = check_merge_inputs(
+        W0, adapters, dtype, threads, name, fan_in_fan_out=fan_in_fan_out, read_W0=out is not None
+    )
     if out is None:
         out = np.empty(inputs.W0.shape, inputs.target.dtype)
     check_out(out, inputs, name)
     overflow = _write_merged(inputs, out, threads, fan_in_fan_out)
     if overflow is not None:
+        check_finite(inputs.W0, name, threads)
         raise NonFiniteError(
             f"{name}: expected merged numbers of magnitude {inputs.target.largest:.5g} at most "
             f"({inputs.target.dtype}), got an overflow at {list(overflow)}; merge to a wider dtype"

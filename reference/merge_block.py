@@ -2,6 +2,7 @@
 one.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from .error_free import Float64
 from .factors import Factors, norm_bound
-from .formats import Array, FloatFormat, nonfinite_mask
+from .formats import Array, FloatFormat, largest_magnitude, nonfinite_mask
 from .merge_entries import Index, merged_entries
 from .merge_interval import IntervalEvaluator
 from .merge_proof import EvaluationError, evaluation_error, prove_entries
@@ -17,7 +18,6 @@ from .tiles import Position, Tile
 
 _NOTHING: tuple[Index, Index] = (np.empty(0, np.intp), np.empty(0, np.intp))
 
-_BLOCK_ENTRIES = 1 << 16
 _PRODUCTS_AT_ONCE = 1 << 16
 # Entries left for `merged_entries` wait until there are this many: its cost is one of calls, not of entries.
 _PENDING_ENTRIES = 1 << 12
@@ -38,8 +38,14 @@ class BlockMerger:
     in the result.
     """
 
-    def __init__(self, factors: Factors, W0: Array, largest: float, out: Array, target: FloatFormat) -> None:
-        """Take the range of the weight that the factors update, its largest magnitude, and where to write."""
+    def __init__(
+        self, factors: Factors, W0: Array, largest: float | None, out: Array, target: FloatFormat
+    ) -> None:
+        """Take the range of the weight that the factors update, and where to write.
+
+        ``largest`` is the largest magnitude in the weight; None where it is not known yet, not even to be
+        finite.
+        """
         self._factors, self._W0, self._largest = factors, W0, largest
         self._out, self._target = out, target
         self._narrow = target.dtype.itemsize == 2
@@ -47,13 +53,17 @@ class BlockMerger:
         self._panel_columns = slice(0, 0)
         self._panel = np.empty((factors.r, 0))
         self._panel_norm = 0.0
+        self._evaluators: dict[np.dtype[Any], IntervalEvaluator] = {}
         self._pending = [_NOTHING]
         self._overflows: list[Position] = []
-        self._evaluators: dict[np.dtype[Any], IntervalEvaluator] = {}
 
     def merge(self, tile: Tile) -> None:
-        """Write the tile, but for entries that wait for `finish`."""
+        """Write the tile, but for entries that wait for `finish`, and not where the weight is not finite."""
         rows, columns = tile
+        largest = largest_magnitude(self._W0[tile]) if self._largest is None else self._largest
+        if not math.isfinite(largest):
+            self._overflows.append((rows.start, columns.start))
+            return
         if self._target.precision == 53:
             # The ends never round to one number in the very format that they are computed in.
             uncertain = np.arange((rows.stop - rows.start) * (columns.stop - columns.start))
@@ -61,14 +71,17 @@ class BlockMerger:
             self._load_panel(columns)
             with np.errstate(all="ignore"):
                 B = self._factors.left(rows) * self._factors.scalings
-                uncertain = self._round_certain(self._W0[tile], B, self._out[tile])
+                uncertain = self._round_certain(self._W0[tile], B, largest, self._out[tile])
         i, j = np.divmod(uncertain, columns.stop - columns.start)
         self._pending.append((i + rows.start, j + columns.start))
         if sum(len(i) for i, _ in self._pending) > _PENDING_ENTRIES:
             self._settle_pending()
 
     def finish(self) -> Position | None:
-        """Write the entries that wait; return where in the range the first of all overflows, or None."""
+        """Write the entries that wait; return where in the range the first of all overflows, or None.
+
+        A tile whose weight is not finite counts as an overflow at its first entry.
+        """
         self._settle_pending()
         return min(self._overflows, default=None)
 
@@ -77,43 +90,39 @@ class BlockMerger:
             self._panel_columns = columns
             self._panel = self._factors.panel(columns)
             self._panel_norm = float(norm_bound(self._panel, axis=0).max())
+            self._evaluators = {}
 
-    def _round_certain(self, W0: Array, B: Float64, out: Array) -> Index:
+    def _round_certain(self, W0: Array, B: Float64, largest: float, out: Array) -> Index:
         """Round W0 + B @ panel into ``out``; return the flat indices of what is not proven right."""
         norms = norm_bound(B, axis=1)
-        if self._float32 and self._fits_float32(norms):
-            uncertain = self._round_all(W0, B.astype(np.float32), norms, out)
+        most = float(norms.max())
+        if max(largest, self._panel_norm, most, most * self._panel_norm) < _FLOAT32_SIZE and self._float32:
+            uncertain = self._round_all(W0, B, norms, largest, out, np.dtype(np.float32))
             self._float32 = len(uncertain) <= _FLOAT32_SHARE * out.size
         else:
-            uncertain = self._round_all(W0, B, norms, out)
+            uncertain = self._round_all(W0, B, norms, largest, out, np.dtype(np.float64))
         return self._round_single(W0, B, norms, uncertain, out) if self._narrow else uncertain
 
-    def _fits_float32(self, norms: Float64) -> bool:
-        most = float(norms.max())
-        return max(self._largest, self._panel_norm, most, most * self._panel_norm) < _FLOAT32_SIZE
-
-    def _round_all(self, W0: Array, B: Array, norms: Float64, out: Array) -> Index:
-        """Evaluate in the dtype of B, a few rows at a time so that they stay in the cache."""
-        (rows, columns), bits = out.shape, self._target.bits
-        panel = self._panel.astype(B.dtype, copy=False)
-        evaluator = self._evaluator(B.dtype)
-        error = evaluation_error(B.dtype, B.shape[1], norms, self._panel_norm, through_float32=self._narrow)
-        indices = []
-        step = max(1, _BLOCK_ENTRIES // columns)
-        for start in range(0, rows, step):
-            block = slice(start, start + step)
-            result = out[block]
-            largest = self._largest + float(norms[block].max()) * self._panel_norm
-            absolute = float(error.absolute[block].max())
-            other = evaluator.round_ends(
-                W0[block], B[block], panel, error.relative, absolute, largest, result
-            )
+    def _round_all(
+        self, W0: Array, B: Float64, norms: Float64, largest: float, out: Array, dtype: np.dtype[Any]
+    ) -> Index:
+        """Evaluate all entries in ``dtype``, a few rows at a time so that they stay in the cache."""
+        evaluator = self._evaluators.get(dtype)
+        if evaluator is None:
+            evaluator = self._evaluators[dtype] = IntervalEvaluator(self._panel, dtype, self._target)
+        error = evaluation_error(dtype, B.shape[1], norms, self._panel_norm, through_float32=self._narrow)
+        bits, indices = self._target.bits, [_NOTHING[0]]
+        for start in range(0, len(B), evaluator.rows):
+            block = slice(start, start + evaluator.rows)
+            result, absolute = out[block], float(error.absolute[block].max())
+            most = largest + float(norms[block].max()) * self._panel_norm
+            other = evaluator.round_ends(W0[block], B[block], error.relative, absolute, most, result)
             uncertain = result.view(bits) != other.view(bits)
-            if not largest < self._target.largest / 2:
+            if not most < self._target.largest / 2:
                 uncertain |= nonfinite_mask(result)
             if uncertain.any():
-                indices.append(np.flatnonzero(uncertain) + start * columns)
-        return np.concatenate(indices) if indices else _NOTHING[0]
+                indices.append(np.flatnonzero(uncertain) + start * out.shape[1])
+        return np.concatenate(indices)
 
     def _round_single(self, W0: Array, B: Float64, norms: Float64, indices: Index, out: Array) -> Index:
         """Evaluate the entries at the flat indices in float64; return the indices of what is not proven."""
@@ -141,11 +150,6 @@ class BlockMerger:
             self._out[i, j] = entries
             overflows = np.flatnonzero(nonfinite_mask(entries))
             self._overflows += zip(i[overflows].tolist(), j[overflows].tolist(), strict=True)
-
-    def _evaluator(self, dtype: np.dtype[Any]) -> IntervalEvaluator:
-        if dtype not in self._evaluators:
-            self._evaluators[dtype] = IntervalEvaluator(dtype, self._target)
-        return self._evaluators[dtype]
 
 
 def _pieces(count: int, r: int) -> Iterator[slice]:

@@ -23,13 +23,14 @@ _CHECKED_ENTRIES = 1 << 17
 class MergeInputs:
     """Arguments of a merge that fit together: W0 as stored and what is added to each range of its outputs.
 
-    All are finite and of known dtypes; ``largest`` is the largest magnitude in W0.
+    All are of known dtypes, and finite; ``largest`` is the largest magnitude in W0. Where it is None, W0 has
+    not been read yet and may hold anything.
     """
 
     W0: Array
     ranges: tuple[Factors, ...]
     target: FloatFormat
-    largest: float
+    largest: float | None
 
 
 def check_merge_inputs(
@@ -38,9 +39,12 @@ def check_merge_inputs(
     dtype: DTypeLike | None,
     threads: int,
     name: str,
+    *,
     fan_in_fan_out: bool = False,
+    read_W0: bool = True,
 ) -> MergeInputs:
-    """Return the arguments as `MergeInputs`; reads every tensor once. Dropout and lora_B's bias play no part.
+    """Return the arguments as `MergeInputs`; reads every tensor once, W0 only if ``read_W0``. Dropout and
+    lora_B's bias play no part.
 
     Raises:
         DTypeError, ShapeError, NonFiniteError, ConfigError: naming the tensor, what was expected and what
@@ -53,11 +57,11 @@ def check_merge_inputs(
         for number, adapter in enumerate(adapters)
     ]
     target = float_format(W0.dtype if dtype is None else dtype, f"dtype of the merged {name}")
-    largest = _check_finite(W0, name, threads)
+    largest = check_finite(W0, name, threads) if read_W0 else None
     for number, adapter in enumerate(checked):
         suffix = adapter_suffix(number, adapters)
-        _check_finite(adapter.A, f"lora_A{suffix} of {name}", 1)
-        _check_finite(adapter.B, f"lora_B{suffix} of {name}", 1)
+        check_finite(adapter.A, f"lora_A{suffix} of {name}", 1)
+        check_finite(adapter.B, f"lora_B{suffix} of {name}", 1)
     ranges = row_ranges(W0.shape[1 if fan_in_fan_out else 0], checked)
     return MergeInputs(W0, tuple(ranges), target, largest)
 
@@ -125,8 +129,12 @@ def _check_matrix(tensor: Array, name: str) -> None:
         raise ShapeError(f"{name}: expected a matrix, got shape {tensor.shape}; give it two axes")
 
 
-def _check_finite(matrix: Array, name: str, threads: int) -> float:
-    """Return the largest magnitude of the matrix, once it is known to be finite."""
+def check_finite(matrix: Array, name: str, threads: int) -> float:
+    """Return the largest magnitude of the matrix, once it is known to be finite.
+
+    Raises:
+        NonFiniteError: naming the first NaN or infinity, in the order of rows.
+    """
     largest: list[float] = []
 
     def check(tile: Tile) -> tuple[int, int] | None:

@@ -103,7 +103,7 @@ def merge_experts(
         raise ShapeError(f"{name}: expected (E, out, in), got shape {W0.shape}; stack the experts' weights")
     experts = [_of_expert(e, W0, adapters, name) for e in range(len(W0))]
     for e, own in enumerate(experts):
-        check_merge_inputs(W0[e], own, dtype, threads, f"{name}[{e}]", fan_in_fan_out)
+        check_merge_inputs(W0[e], own, dtype, threads, f"{name}[{e}]", fan_in_fan_out=fan_in_fan_out)
     if out is None:
         out = np.empty(W0.shape, float_format(W0.dtype if dtype is None else dtype).dtype)
     elif out.shape != W0.shape:

@@ -13,11 +13,11 @@ and of both factors. So with
 
     e = 4 u |v| + 1.01 (r + 6) u beta + 4 r eta (||a||_2 + ||b'||_2 + 2)
 
-there is room for the roundings in e and in v -+ e, and fl(v - e) <= q <= fl(v + e). Rounding is monotone: if
-both ends round to the same finite number, so does q. Where a 16-bit number is reached from float64 through
-float32, p may be rounded to it before w is added, and everything after is done in it. Then e has room for
-that as well: u in its first term is float32's, and there is u beta + 4 eta with float32's u and eta beside
-the rest.
+there is room for the roundings in e and in v -+ e, and fl(v - e) <= q <= fl(v + e), also where e is taken
+away in the product, by a term more, and 2 e is added to that. Rounding is monotone: if both ends round to the
+same finite number, so does q. Where a 16-bit number is reached from float64 through float32, p may be rounded
+to it before w is added, and everything after is done in it. Then e has room for that as well: u in its first
+term is float32's, and there is u beta + 4 eta with float32's u and eta beside the rest.
 
 Source: Ziv, "Fast evaluation of elementary mathematical functions with correctly rounded last bit", ACM TOMS
 17 (1991); Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., lemma 3.1.

@@ -16,6 +16,7 @@ from loracle.reference import (
     ShapeError,
     dora_block,
     dora_entries,
+    dora_merge,
     merge,
     round_fraction,
 )

@@ -268,7 +268,7 @@ def test_the_result_depends_neither_on_threads_nor_on_blocks(monkeypatch, dtype,
     W0, r = gaussian(rng, shape, 0.02, dtype), 5
     A, B = gaussian(rng, (r, shape[1]), 0.1), gaussian(rng, (shape[0], r), 0.1)
     expected = merge(W0, A, B, 0.3, threads=1)
-    monkeypatch.setattr("loracle.reference.merge_block._BLOCK_ENTRIES", 1000)
+    monkeypatch.setattr("loracle.reference.merge_interval._BLOCK_ENTRIES", 1000)
     monkeypatch.setattr("loracle.reference.merge_interval._SERIAL_PRODUCT", 1500)
     monkeypatch.setattr(MERGE, "_TILE_ENTRIES", 3000)
     monkeypatch.setattr(MERGE, "_PANEL_ENTRIES", 333)

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loracle.reference import LowRank, merge, merge_exact
+from loracle.reference import LowRank, merge, merge_exact, merge_interval
 from loracle.reference import merge_block as module
 from loracle.reference.factors import row_ranges
 from loracle.reference.formats import float_format
@@ -24,9 +24,9 @@ def log(monkeypatch):
     found = []
     ends, prove, settle = module.IntervalEvaluator.round_ends, module.prove_entries, module.merged_entries
 
-    def logged_ends(self, W0, B, *rest):
-        found.append((f"all {B.dtype}", W0.size))
-        return ends(self, W0, B, *rest)
+    def logged_ends(self, W0, *rest):
+        found.append((f"all {self._A.dtype}", W0.size))
+        return ends(self, W0, *rest)
 
     monkeypatch.setattr(module.IntervalEvaluator, "round_ends", logged_ends)
     monkeypatch.setattr(
@@ -142,10 +142,40 @@ def test_the_first_overflow_of_all_tiles_is_reported_at_the_end():
 
 
 def test_products_and_blocks_are_cut_so_that_they_fit_the_cache(log, monkeypatch):
-    monkeypatch.setattr(module, "_BLOCK_ENTRIES", 96 * 5)
+    monkeypatch.setattr(merge_interval, "_BLOCK_ENTRIES", 96 * 5)
     monkeypatch.setattr(module, "_PRODUCTS_AT_ONCE", 8 * 3)
     W0, A, B = model_like(BF16)
     assert np.array_equal(merge(W0, A, B, 2.0, threads=1), merge_exact(W0, A, B, 2.0, BF16))
     assert max(n for kind, n in log if kind.startswith("all")) == 96 * 5
     assert max(n for kind, n in log if kind == "single") == 3
     assert all(n <= 3 for kind, n in log if kind == "settled")
+
+
+@pytest.mark.parametrize("target", [F32, BF16, F64], ids=str)
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_tile_of_an_unread_weight_that_is_not_finite_is_left_alone_and_reported(log, target, value):
+    W0, A, B = model_like(F32, shape=(6, 8))
+    W0[4, 5] = value
+    (factors,) = row_ranges(6, [LowRank(A, B, 1.0)])
+    out = np.full((6, 8), 7, target)
+    merger = BlockMerger(factors, W0, None, out, float_format(target))
+    for tile in ((slice(0, 3), slice(0, 8)), (slice(3, 6), slice(0, 4)), (slice(3, 6), slice(4, 8))):
+        merger.merge(tile)
+    assert merger.finish() == (3, 4)
+    assert (out[3:, 4:] == 7).all()
+    assert np.array_equal(out[:3], merge_exact(W0[:3], A, B[:3], 1.0, target))
+    assert np.array_equal(out[3:, :4], merge_exact(W0[3:, :4], A[:, :4], B[3:], 1.0, target))
+
+
+def test_an_unread_weights_largest_magnitude_is_its_tiles(log):
+    """A bfloat16 tile near the end of the range is left to float64, and no other."""
+    W0, A, B = np.ones((4, 8), BF16), np.full((1, 8), 0.3), np.full((4, 1), 0.3)
+    W0[:2] = 2.0**121
+    (factors,) = row_ranges(4, [LowRank(A, B, 1.0)])
+    out = np.empty((4, 8), BF16)
+    merger = BlockMerger(factors, W0, None, out, float_format(BF16))
+    merger.merge((slice(0, 2), slice(0, 8)))
+    merger.merge((slice(2, 4), slice(0, 8)))
+    assert merger.finish() is None
+    assert [kind for kind, _ in log if kind.startswith("all")] == ["all float64", "all float32"]
+    assert np.array_equal(out, merge_exact(W0, A, B, 1.0, BF16))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loracle.reference import round_float64, round_fraction
 from loracle.reference.factors import norm_bound
 from loracle.reference.formats import FORMATS, float_format
-from loracle.reference.merge_interval import IntervalEvaluator, load, multiply, store
+from loracle.reference.merge_interval import IntervalEvaluator, block_shape, load, store
 from loracle.reference.merge_proof import EvaluationError, evaluation_error, prove_entries
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -68,11 +68,11 @@ def dot(b, a):
 @given(st.integers(0, 2**32 - 1), st.sampled_from([0, 4, 12]))
 def test_ends_that_agree_are_the_exact_entry_rounded(work, target, seed, spread):
     w, B, A, exact, error = problem(seed, work, target, spread)
-    evaluator = IntervalEvaluator(work, float_format(target))
+    evaluator = IntervalEvaluator(A, work, float_format(target))
     most = max(abs(float(q)) for row in exact for q in row) * 2
     absolute, low = float(error.absolute.max()), np.empty(w.shape, target)
     with np.errstate(over="ignore"):
-        high = evaluator.round_ends(w, B.astype(work), A.astype(work), error.relative, absolute, most, low)
+        high = evaluator.round_ends(w, B, error.relative, absolute, most, low)
     assert high.dtype == target
     assert not np.may_share_memory(low, high)
     agree = low == high
@@ -81,9 +81,8 @@ def test_ends_that_agree_are_the_exact_entry_rounded(work, target, seed, spread)
     for i, j in np.argwhere(~agree):
         own = error.relative * (abs(float(exact[i][j])) if target.itemsize == 2 else most) + absolute
         spacing = 2.0 * float_format(target).unit_roundoff * abs(float(exact[i][j])) + 2.0**-24
-        assert (
-            float(low[i, j]) <= exact[i][j] + Fraction(spacing) and exact[i][j] <= float(high[i, j]) + spacing
-        )
+        assert float(low[i, j]) <= exact[i][j] + Fraction(spacing)
+        assert float(high[i, j]) >= exact[i][j] - Fraction(spacing)
         assert float(high[i, j]) - float(low[i, j]) <= 2.5 * own + 2 * spacing
     if spread == 0:
         assert agree.mean() > 0.7
@@ -95,10 +94,9 @@ def test_sums_beside_a_midpoint_have_ends_that_differ(work, target, seed):
     """w + b a is a midpoint of the target or lies so near that the dtype worked in cannot tell."""
     rng = np.random.default_rng(seed)
     p = float_format(target).precision
-    w = ((1 + rng.integers(0, 2 ** (p - 1), (3, 4)) * 2.0 ** (1 - p)) * rng.choice([-1, 1], (3, 1))).astype(
-        target
-    )
-    B, A = np.ones((3, 2)), np.vstack([np.full(4, 2.0**-p), rng.choice([0, 1, -1], 4) * 2.0**-60])
+    sign = rng.choice([-1.0, 1.0], (3, 1))
+    w = ((1 + rng.integers(0, 2 ** (p - 1), (3, 4)) * 2.0 ** (1 - p)) * sign).astype(target)
+    B, A = np.hstack([sign, sign]), np.vstack([np.full(4, 2.0**-p), rng.choice([0, 1, -1], 4) * 2.0**-60])
     error = evaluation_error(
         work,
         2,
@@ -107,33 +105,40 @@ def test_sums_beside_a_midpoint_have_ends_that_differ(work, target, seed):
         through_float32=target.itemsize == 2,
     )
     low = np.empty(w.shape, target)
-    evaluator = IntervalEvaluator(work, float_format(target))
-    absolute = float(error.absolute.max())
-    high = evaluator.round_ends(w, B.astype(work), A.astype(work), error.relative, absolute, 4.0, low)
+    evaluator = IntervalEvaluator(A, work, float_format(target))
+    high = evaluator.round_ends(w, B, error.relative, float(error.absolute.max()), 4.0, low)
     assert (low < high).all()
 
 
 @BY_PAIR
-def test_evaluators_may_be_used_for_blocks_of_changing_shape(work, target):
-    evaluator = IntervalEvaluator(work, float_format(target))
-    for shape in ((3, 4), (3, 4), (2, 4), (2, 7)):
-        w, B, A, exact, error = problem(1, work, target, 0, *shape)
-        low, absolute = np.empty(shape, target), float(error.absolute.max())
-        high = evaluator.round_ends(w, B.astype(work), A.astype(work), error.relative, absolute, 4.0, low)
-        assert high.shape == shape
+@pytest.mark.parametrize("r", [1, 5])
+def test_a_block_may_have_fewer_rows_and_columns_need_not_be_a_whole_number_of_slices(
+    monkeypatch, work, target, r
+):
+    monkeypatch.setattr("loracle.reference.merge_interval._BLOCK_ENTRIES", 64)
+    monkeypatch.setattr("loracle.reference.merge_interval._SERIAL_PRODUCT", 32 * r)
+    monkeypatch.setattr("loracle.reference.merge_interval._LEAST_COLUMNS", 4)
+    w, B, A, exact, error = problem(1, work, target, 0, 3, 13, r)
+    evaluator = IntervalEvaluator(A, work, float_format(target))
+    assert evaluator.rows >= 3
+    absolute = float(error.absolute.max())
+    for rows in (3, 1, 2):
+        low = np.empty((rows, 13), target)
+        high = evaluator.round_ends(w[:rows], B[:rows], error.relative, absolute, 4.0, low)
+        assert high.shape == (rows, 13)
         middle = (low.astype(float) + high.astype(float)) / 2
-        assert np.allclose(middle, np.array(exact, float), rtol=2.0**-7, atol=2.0**-8)
+        assert np.allclose(middle, np.array(exact, float)[:rows], rtol=2.0**-7, atol=2.0**-8)
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16, F32, F64], ids=str)
 @pytest.mark.parametrize("wide", [F32, F64], ids=str)
 def test_numbers_of_any_dtype_are_loaded_exactly(dtype, wide):
     values = np.array([[0.0, -0.0, 1.5, -(2.0**-14)], [3.0, -7.25, 2.0**-24, 65504.0]]).astype(dtype)
-    for given in (values, np.asfortranarray(values), values[:, ::2]):
-        out = np.full(given.shape, 9, wide)
-        load(given, out)
-        assert out.tolist() == given.astype(F64).tolist()
-        assert np.array_equal(np.signbit(out), np.signbit(given.astype(F64)))
+    for source in (values, np.asfortranarray(values), values[:, ::2]):
+        out = np.full(source.shape, 9, wide)
+        load(source, out)
+        assert out.tolist() == source.astype(F64).tolist()
+        assert np.array_equal(np.signbit(out), np.signbit(source.astype(F64)))
 
 
 @pytest.mark.parametrize("target", [F16, BF16, F32], ids=str)
@@ -178,23 +183,41 @@ def test_nothing_is_proven_beside_a_midpoint_or_beyond_float64():
     assert float(entries[2]) == 1 + 2.0**-7
 
 
-@pytest.mark.parametrize("r", [1, 3, 64])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (33, 300), (64, 3000)], ids=str)
-def test_products_are_cut_into_stacks_and_nothing_is_left_out(monkeypatch, r, shape):
-    rng = np.random.default_rng(1)
-    B, A = rng.integers(-4, 5, (shape[0], r)).astype(F32), rng.integers(-4, 5, (r, shape[1])).astype(F32)
-    sizes = []
-    plain = np.matmul
-    monkeypatch.setattr(
-        "loracle.reference.merge_interval.np.matmul",
-        lambda a, b, out: sizes.append(a.shape[-2] * a.shape[-1] * b.shape[-1]) or plain(a, b, out=out),
-    )
-    out = np.full(shape, 9, F32)
-    multiply(B, A, out)
-    monkeypatch.undo()
-    assert np.array_equal(out, (B.astype(int) @ A.astype(int)).astype(F32))
-    assert max(sizes) <= max(2**18, r * shape[1])
-    assert max(sizes) * 2 > min(2**18, B.size * shape[1])
+@pytest.mark.parametrize(
+    ("terms", "columns", "expected"),
+    [
+        (8, 4096, (32, 128)),  # a block is 131,072 entries; a slice no wider than 128 columns
+        (65, 4096, (32, 64)),  # 32 * 65 * 128 multiplications are more than 262,144
+        (64, 4096, (32, 128)),
+        (9, 100, (1310, 16)),
+        (3, 5, (5461, 4)),
+        (2000, 4096, (8, 16)),  # fewer rows, so that a slice has 16 columns
+        (20000, 26, (1, 8)),
+        (300000, 16, (1, 1)),
+        (1, 0, (16384, 1)),
+        (2, 1 << 20, (1, 128)),
+    ],
+)
+def test_blocks_are_cut_for_the_cache_and_for_one_thread(terms, columns, expected):
+    rows, width = block_shape(terms, columns)
+    assert (rows, width) == expected
+    assert rows * width * terms <= 2**18 or width == 1
+
+
+@BY_PAIR
+def test_products_are_small_enough_for_one_thread(monkeypatch, work, target):
+    plain, sizes = np.matmul, []
+
+    def logged(a, b, out):
+        sizes.append(a.shape[-2] * a.shape[-1] * b.shape[-1])
+        return plain(a, b, out=out)
+
+    w, B, A, _, error = problem(2, work, target, 0, 40, 300, 70)
+    monkeypatch.setattr("loracle.reference.merge_interval.np.matmul", logged)
+    evaluator, low = IntervalEvaluator(A, work, float_format(target)), np.empty(w.shape, target)
+    evaluator.round_ends(w, B, error.relative, 1.0, 4.0, low)
+    assert sizes
+    assert max(sizes) <= 2**18
 
 
 def test_every_target_but_float64_has_an_evaluation():

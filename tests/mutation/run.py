@@ -3,7 +3,7 @@
 mutmut derives a mutant's import name from its path and needs the tests beside it, so modules and tests are
 copied to ``build/mutants/<what>``; there `reference/` is ``loracle/reference`` and hides the installed one.
 
-    python tests/mutation/run.py [module ...] [--tests name ...]
+    python -m tests.mutation.run [module ...] [--tests name ...]
 
 Without names: every module of `reference/` against its own tests, those that have its name in theirs; then
 what survives and is not listed in docs/mutants.md against every tests/test_reference_*.py. With names: these
@@ -22,20 +22,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-if __package__:
-    from .score import (
-        PAGE,
-        Mutant,
-        Result,
-        as_row,
-        change_of,
-        complaints,
-        listed_mutants,
-        split_name,
-        summary,
-    )
-else:
-    from score import PAGE, Mutant, Result, as_row, change_of, complaints, listed_mutants, split_name, summary
+from .score import PAGE, Mutant, Result, as_row, change_of, complaints, listed_mutants, split_name, summary
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = REPOSITORY / "build" / "mutants"
