@@ -54,6 +54,8 @@ lint: .venv/dev.stamp
 	@touch $@
 
 bench: .venv/dev.stamp .venv-peers/stamp
+	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.tightness
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.export --optimum .venv-peers/bin/python
 
