@@ -37,6 +37,7 @@ from loracle.reference import (
 from loracle.torch_impl.arrays import array_of, tensor_of
 
 from .machine import describe
+from .tightness_layers import layers
 
 Array = np.ndarray[Any, Any]
 Pair = tuple[str, Array, Array]
@@ -162,6 +163,24 @@ def rows(problems: int) -> list[dict[str, Any]]:
     return found
 
 
+def layer_rows(problems: int) -> list[dict[str, Any]]:
+    """The same for every other kind of layer, in float32."""
+    ratios: dict[str, list[Array]] = {}
+    for seed in range(problems):
+        for kind, computed, exact, bound in layers(seed):
+            ratios.setdefault(kind, []).append((np.abs(computed.astype(np.float64) - exact) / bound).ravel())
+    return [
+        {
+            "bound": kind,
+            "precision": "float32",
+            "entries": sum(values.size for values in parts),
+            "median": float(np.median(np.concatenate(parts))),
+            "largest": float(np.concatenate(parts).max()),
+        }
+        for kind, parts in ratios.items()
+    ]
+
+
 def pivot(found: list[dict[str, Any]]) -> Table:
     """One line for a bound, one column for a precision: median and largest ratio."""
     table = Table(
@@ -191,10 +210,15 @@ def main() -> None:
     arguments = parser.parse_args()
     found = rows(arguments.problems)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"machine": describe("numpy", "torch"), "rows": found}
+    kinds = layer_rows(arguments.problems)
+    result = {"machine": describe("numpy", "torch"), "rows": found, "layers": kinds}
     arguments.out.write_text(json.dumps(result, indent=2) + "\n")
     Console(width=150).print(pivot(found))
-    broken = [row for row in found if row["largest"] > 1]
+    table = Table("layer", "float32", title="error / bound: median, largest", box=MARKDOWN)
+    for row in kinds:
+        table.add_row(row["bound"], f"{row['median']:.1g}, {row['largest']:.1g}")
+    Console(width=150).print(table)
+    broken = [row for row in found + kinds if row["largest"] > 1]
     if broken:
         raise SystemExit(f"{len(broken)} bounds do not hold, first {broken[0]}")
 
