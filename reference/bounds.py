@@ -124,8 +124,7 @@ def adapted_linear_backward_bound(
 def merged_forward_bound(
     x: Array, W: Array, precision: Precision | DTypeLike, *, bias: Array | None = None
 ) -> Bound:
-    """Return a bound, (..., out), on ``|computed - exact|`` of ``y = x W^T + bias`` evaluated in
-    ``precision``.
+    """Return a bound, (..., out), on ``|computed - exact|`` of ``y = x W^T + bias`` in ``precision``.
 
     W is the merged weight as it is stored; its own rounding is no part of this bound. Arguments, form and
     errors as in `linear_forward_bound`, with n = in.
@@ -168,8 +167,7 @@ def merged_against_unmerged_bound(
     bias: Array | None = None,
     dtype: DTypeLike | None = None,
 ) -> Bound:
-    """Return a bound, (..., out), on ``|merged - unmerged|``: of the two layers, both evaluated in
-    ``precision``.
+    """Return a bound, (..., out), on ``|merged - unmerged|``, of two layers in the same ``precision``.
 
     The merged one holds the correctly rounded merge in ``dtype``, W0's by default. The bound is that of the
     unmerged forward, plus that of the merged one, plus |x| times the rounding of the merged weight. Without

@@ -21,8 +21,7 @@ def check_convolution_shapes(
     bias: Array | None = None,
     dy: Array | None = None,
 ) -> Windows:
-    """Check x (N, in, *spatial), W0 (out, in/groups, *kernel), the adapters, bias (out,), dy as y; return the
-    windows.
+    """Return the windows, once x (N, in, *spatial), W0, the adapters, bias (out,) and dy fit.
 
     Raises:
         ShapeError, ConfigError: naming the first tensor or argument that does not fit, what was expected and

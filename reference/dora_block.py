@@ -54,9 +54,7 @@ class BandMerger:
         self._magnitude, self._out, self._target = magnitude, out, float_format(out.dtype)
 
     def merge(self, tile: Tile) -> Position | None:
-        """Write ``out[tile]``; return where in the tile it first has no norm (at its column 0) or
-        overflows.
-        """
+        """Write ``out[tile]``; return where it first has no norm (at its column 0) or overflows."""
         rows, columns = tile
         B, m = self._B[rows].astype(np.float64), self._magnitude[rows].astype(np.float64)
         W0, out = self._W0[rows], self._out[rows]

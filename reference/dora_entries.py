@@ -24,15 +24,13 @@ _SMALLEST_RESULT = 2.0**-900
 
 
 def is_ordinary(norm: Float64) -> NDArray[np.bool_]:
-    """Return where the norm, computed in float64, is such that neither its squares nor their root leave the
-    range."""
+    """Return where neither the squares of a norm in float64 nor their root leave the range."""
     ordinary: NDArray[np.bool_] = (norm >= _SMALLEST_NORM) & (norm <= _LARGEST_NORM)
     return ordinary
 
 
 class RowMerger:
-    """Computes entries ``m[i] w[i, j] / ||w[i]||`` of a band of rows, with w = W0 + scaling * B @ A over the
-    reals.
+    """Computes entries ``m[i] w[i, j] / ||w[i]||`` of a band of rows, w = W0 + scaling * B @ A exactly.
 
     W0 (m, c), B (m, r) and the magnitudes (m,) are those of the band, the latter two in float64; A is (r, c).
 
@@ -80,9 +78,7 @@ class RowMerger:
         return self._squares[row]
 
     def entries(self, rows: Index, columns: Index) -> Array:
-        """Return the entries at the given places, each rounded once; an exact zero is +0, an overflow
-        infinite.
-        """
+        """Return the entries at the places given, each rounded once; zero is +0, an overflow infinite."""
         self._prepare(np.unique(rows[self._pending[rows]]))
         step = max(1, _PRODUCTS_AT_ONCE // len(self._A))
         pieces = [
@@ -186,9 +182,7 @@ def exact_square(w: Array, A: Array, b: Array, scaling: float) -> Fraction:
 
 
 def exact_dora_entry(w: Fraction, square: Fraction, m: float, dtype: DTypeLike) -> Any:
-    """Return ``m w / sqrt(square)`` rounded once to ``dtype``; an exact zero is +0, an overflow an
-    infinity.
-    """
+    """Return ``m w / sqrt(square)`` rounded once to ``dtype``; zero is +0, an overflow an infinity."""
     m_exact = Fraction(float(m))
     return round_root(m_exact * m_exact * w * w / square, (m_exact < 0) != (w < 0), dtype)
 

@@ -28,8 +28,7 @@ def merge_dora(
     threads: int | None = None,
     name: str = "W0",
 ) -> Array:
-    """Return ``magnitude[i] * w[i, j] / ||w[i]||_2`` with ``w = W0 + scaling * B @ A``, each entry rounded
-    once.
+    """Return ``magnitude[i] * w[i, j] / ||w[i]||_2`` with ``w = W0 + scaling * B @ A``, rounded once.
 
     Correctly rounded, ties to even, for all four dtypes: the result is the number of the dtype next to the
     exact real value over the numbers given, and depends on neither threads, BLAS nor processor. Narrower
@@ -38,13 +37,12 @@ def merge_dora(
 
     Args:
         W0: (out, in) frozen weight, the norm being over its second axis. For other weights pass the view of
-        which
-            that is true, as `dora_norm` has it: ``W0.T`` with fan_in_fan_out and for embeddings,
+            which that is true, as `dora_norm` has it: ``W0.T`` with fan_in_fan_out and for embeddings,
             ``W0.reshape(out, -1)`` for convolutions. Any strides, read-only or memory-mapped.
-        A: (r, in), the tensor ``lora_A``. B: (out, r), the tensor ``lora_B``. scaling: a float64, taken as
-        exact. magnitude: (out,), PEFT's ``lora_magnitude_vector``; may be negative or zero. Each of the four
-        tensors may
-            be float16, bfloat16, float32 or float64.
+        A: (r, in), the tensor ``lora_A``. B: (out, r), the tensor ``lora_B``.
+        scaling: a float64, taken as exact.
+        magnitude: (out,), PEFT's ``lora_magnitude_vector``; may be negative or zero. Each of the four tensors
+            may be float16, bfloat16, float32 or float64.
         dtype: what to round to, one of the same four; W0's own by default.
         out: array (out, in) of that dtype to write to, sharing no memory with the inputs. Returned.
         threads: how many to use; one per CPU by default, 8 at most.
@@ -60,7 +58,8 @@ def merge_dora(
     Raises:
         DTypeError, ShapeError: an argument's dtype or shape does not fit.
         NonFiniteError: NaN or infinity in an input, a norm of zero, or a merged number too large for the
-        dtype. ConfigError: ``threads`` below 1; ``out`` read-only or overlapping an input.
+            dtype.
+        ConfigError: ``threads`` below 1; ``out`` read-only or overlapping an input.
 
     Every input is checked before anything is written to ``out``. Only a norm of zero and an overflow are
     found later: then ``out`` holds a part of the result, and must not be used.

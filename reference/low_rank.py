@@ -18,9 +18,8 @@ class LowRank:
         bias: (out,), the bias of ``lora_B`` (PEFT's ``lora_bias``); the layer adds ``scaling * bias``.
         dropout: of the layer input's shape, what to multiply the adapter's input by: 0 where dropped,
             1 / (1 - p) where kept. The base product always sees the input itself.
-        rows: which rows of the weight, that is which outputs, the update is added to; all of them by default.
-        A
-            fused projection is a weight with an adapter for each slice of rows.
+        rows: which rows of the weight, that is which outputs, the update is added to; all of them by
+            default. A fused projection is a weight with an adapter for each slice of rows.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; dropout as in the authors' loralib; ``bias`` as in PEFT.
     """
@@ -54,8 +53,7 @@ class LayerGradients:
 def fused_adapters(
     A: Array, B: Array, scaling: float, widths: Sequence[int], enabled: Sequence[bool]
 ) -> tuple[LowRank, ...]:
-    """Return one `LowRank` for each enabled slice of a fused projection, from the tensors that loralib
-    stores.
+    """Return one `LowRank` for each enabled slice of a fused projection, from loralib's tensors.
 
     Args:
         A: (r * n, in) and

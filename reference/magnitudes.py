@@ -131,9 +131,7 @@ class Magnitude:
 
 
 def magnitude_of(values: Array, precision: Precision, unit: float) -> Magnitude:
-    """Return the magnitude of an input; where it need not be a number of the dtype it is rounded to it
-    first.
-    """
+    """Return the magnitude of an input, rounded first where it need not be a number of the dtype."""
     given, form = float_format(values.dtype, "tensor"), precision.form
     contained = given.precision <= form.precision and given.max_exponent <= form.max_exponent
     size = np.abs(values.astype(np.float64))

@@ -18,8 +18,7 @@ Spans = Sequence[tuple[slice, float]]
 def merged_entries(
     w: Float64, rows: Index, columns: Index, A: Float64, B: Float64, spans: Spans, target: FloatFormat
 ) -> Array:
-    """Return ``w[n] + sum_g scaling_g * sum_k B[rows[n], k] A[k, columns[n]]``, each rounded once to
-    ``target``.
+    """Return ``w[n] + sum_g scaling_g * sum_k B[rows[n], k] A[k, columns[n]]``, each rounded once.
 
     Args:
         w: (n,) the frozen entries; rows, columns: (n,) where they sit in B (m, r) and A (r, c). All finite.
@@ -70,9 +69,7 @@ def sum_in_double_double(
 def _scaled_product(
     rows: Index, columns: Index, A: Float64, B: Float64, scaling: float
 ) -> tuple[Float64, tuple[Float64, Float64, Float64], Float64]:
-    """Return ``scaling * sum_k B[rows, k] A[k, columns]`` as a sum of four numbers, and a bound on its
-    error.
-    """
+    """Return ``scaling * sum_k B[rows, k] A[k, columns]`` as a sum of four, and a bound on its error."""
     r = A.shape[0]
     high, low = two_product(np.ascontiguousarray(B[rows].T), A[:, columns])
     error = np.zeros_like(high)

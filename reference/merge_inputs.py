@@ -43,8 +43,9 @@ def check_merge_inputs(
     fan_in_fan_out: bool = False,
     read_W0: bool = True,
 ) -> MergeInputs:
-    """Return the arguments as `MergeInputs`; reads every tensor once, W0 only if ``read_W0``. Dropout and
-    lora_B's bias play no part.
+    """Return the arguments as `MergeInputs`; dropout and lora_B's bias play no part.
+
+    Every tensor is read once, W0 only if ``read_W0``.
 
     Raises:
         DTypeError, ShapeError, NonFiniteError, ConfigError: naming the tensor, what was expected and what

@@ -129,9 +129,7 @@ def load(values: Array, out: Array) -> None:
 
 
 def store(values: Array, out: Array) -> None:
-    """Round float32 or float64 numbers to ``out``'s dtype, bfloat16 with ties away from zero; may spoil
-    ``values``.
-    """
+    """Round float32 or float64 numbers to ``out``, bfloat16 with ties away from zero; spoils ``values``."""
     if out.dtype == BFLOAT16:
         bits = values.view(np.uint32)
         np.add(bits, _HALF_BFLOAT16, out=bits)

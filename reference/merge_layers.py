@@ -86,8 +86,7 @@ def merge_experts(
     threads: int | None = None,
     name: str = "W0",
 ) -> Array:
-    """Return ``W0[e] + scaling * B[e] @ A[e]`` for each expert e, the exact sum over all adapters, rounded
-    once.
+    """Return ``W0[e] + scaling * B[e] @ A[e]`` for each expert e, summed over adapters, rounded once.
 
     Args:
         W0: (E, out, in), or (E, in, out) with ``fan_in_fan_out``.

@@ -120,8 +120,7 @@ def gamma(n: int, u: float) -> float:
 
 
 def probable_gamma(n: int, u: float, paths: float, failure: float) -> float:
-    """Return ``exp(z sqrt(n) u + n u^2 / (1 - u)) - 1``, which n roundings in a row exceed rarely; rounded
-    up.
+    """Return ``exp(z sqrt(n) u + n u^2 / (1 - u)) - 1``, which n roundings in a row rarely exceed.
 
     With z = sqrt(2 log(2 paths / failure)) / (1 - u), all of ``paths`` such rows stay within it but for a
     probability of ``failure``, if the roundings are independent, of mean zero and at most u.

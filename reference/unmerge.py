@@ -17,8 +17,7 @@ _PIECE_ENTRIES = 1 << 20
 
 @dataclass(frozen=True, eq=False)
 class UnmergeRecord:
-    """What subtracting the update from a merged weight does not restore: flat positions, and W0's numbers
-    there.
+    """What subtracting the update does not restore: flat positions, and W0's numbers there.
 
     A merge rounds, so some numbers of W0 cannot be had back from the merged weight alone. Both the merge and
     the subtraction are correctly rounded, hence the same on every machine, and so the record holds anywhere.
@@ -73,8 +72,7 @@ def unmerge(
     threads: int | None = None,
     name: str = "W0",
 ) -> Array:
-    """Return W0, bit for bit: ``merged`` minus the updates, rounded once, and the record's numbers in their
-    place.
+    """Return W0, bit for bit: ``merged`` minus the updates, and the record's numbers in their place.
 
     Args: as for `unmerge_record`, with the same adapters.
 
