@@ -47,10 +47,10 @@ def linear_forward_bound(
 ) -> Bound:
     """Return a bound, (..., out), on ``|computed - exact|`` of `linear_forward` evaluated in ``precision``.
 
-    Args: x, W0, A, B, scaling, bias, dropout: as in `linear_forward`, the exact values, in any float
-        dtypes. Those
-            that need not be numbers of the dtype (a float32 adapter under bfloat16 autocast, most scalings,
-            1 / (1 - p) in float64) count as rounded to it first.
+    Args:
+        x, W0, A, B, scaling, bias, dropout: as in `linear_forward`, the exact values, in any float dtypes.
+            Those that need not be numbers of the dtype (a float32 adapter under bfloat16 autocast, most
+            scalings, 1 / (1 - p) in float64) count as rounded to it first.
         precision: a dtype, or a `Precision` where products are summed in another or in fewer bits.
 
     The bound is g (|x||W0|^T + |bias| + |scaling| |x dropout||A|^T|B|^T) plus what underflows can do, with g

@@ -32,10 +32,14 @@ def linear_forward(
 ) -> Array:
     """Return ``y = x W0^T + bias + scaling * ((x * dropout) A^T) B^T``, of shape (..., out).
 
-    Args: x: (..., in). W0: (out, in), frozen. A: (r, in), the tensor ``lora_A``. B: (out, r), the tensor
-        ``lora_B``. scaling: see `lora_scaling`. bias: (out,), or None. dropout: of x's shape, what to
-        multiply the adapter's input by: 0 where dropped, 1 / (1 - p) where kept.
-            The base product always sees x itself.
+    Args:
+        x: (..., in).
+        W0: (out, in), frozen.
+        A: (r, in), the tensor ``lora_A``. B: (out, r), the tensor ``lora_B``.
+        scaling: see `lora_scaling`.
+        bias: (out,), or None.
+        dropout: of x's shape, what to multiply the adapter's input by: 0 where dropped, 1 / (1 - p) where
+            kept. The base product always sees x itself.
 
     All arrays have one dtype and the work is done in it: float16, bfloat16, float32, float64; or object,
     for exact arithmetic with `fractions.Fraction` or int elements, where ``scaling`` is taken as an exact
@@ -84,9 +88,12 @@ def adapted_linear_forward(
 ) -> Array:
     """Return ``x W0^T + bias`` plus, for each adapter, ``scaling * (((x * dropout) A^T) B^T + its bias)``.
 
-    Args: x: (..., in). W0: (out, in), or (in, out) with ``fan_in_fan_out`` (GPT-2's Conv1D). adapters: any
-        number, see `LowRank`; each is added to its own rows of the output, so that adapters that are active
-        at once and the slices of a fused projection are the same thing. bias: (out,).
+    Args:
+        x: (..., in).
+        W0: (out, in), or (in, out) with ``fan_in_fan_out`` (GPT-2's Conv1D).
+        adapters: any number, see `LowRank`; each is added to its own rows of the output, so that adapters
+            that are active at once and the slices of a fused projection are the same thing.
+        bias: (out,).
 
     Dtypes, errors and source as in `linear_forward`.
     """

@@ -70,12 +70,14 @@ def fused_adapters(
 
     Source: loralib 0.1.2, ``MergedLinear.merge_AB``.
     """
-    if len(widths) != len(enabled):
+    try:
+        slices = list(zip(widths, enabled, strict=True))
+    except ValueError:
         raise ConfigError(
             f"enabled: expected a flag for each of the {len(widths)} slices, got {len(enabled)}; give all"
-        )
+        ) from None
     count = sum(map(bool, enabled))
-    outputs = sum(width for width, on in zip(widths, enabled, strict=True) if on)
+    outputs = sum(width for width, on in slices if on)
     if B.ndim != 2 or B.shape[0] != outputs:
         raise ShapeError(
             f"B: expected ({outputs}, r) for the enabled slices, got {B.shape}; is it transposed?"
@@ -87,7 +89,7 @@ def fused_adapters(
         )
     adapters: list[LowRank] = []
     start = row = 0
-    for width, on in zip(widths, enabled, strict=True):
+    for width, on in slices:
         if on:
             own = slice(len(adapters) * r, (len(adapters) + 1) * r)
             adapters.append(LowRank(A[own], B[row : row + width], scaling, rows=slice(start, start + width)))

@@ -23,13 +23,11 @@ class Precision:
         accumulator: in which the terms of a product are summed before they are rounded to ``dtype``.
             ``dtype`` itself by default; kernels for float16 and bfloat16 use float32.
         multiplicands: to what the two factors of each product are rounded before they are multiplied: "tf32"
-        for
-            the matrix units of a GPU that are allowed to (11 significant bits, float32's exponents), or one
-            of the dtypes. None: they are used as stored.
+            for the matrix units of a GPU that are allowed to (11 significant bits, float32's exponents), or
+            one of the dtypes. None: they are used as stored.
         failure: None for a bound that always holds. A probability in (0, 1) for the probabilistic bound,
-        which
-            holds but for that probability when roundings are independent, of mean zero: it grows with the
-            square root of the number of terms, which is what large sums do in practice.
+            which holds but for that probability when roundings are independent, of mean zero: it grows with
+            the square root of the number of terms, as large sums do in practice.
 
     Raises:
         DTypeError: a dtype is not float16, bfloat16, float32 or float64.

@@ -1,5 +1,6 @@
 """The merge of embeddings, convolutions, experts and biases: the layer's own answers, rounded once."""
 
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -8,6 +9,7 @@ from exact_linear import rational
 
 from loracle.reference import (
     ConfigError,
+    DTypeError,
     LowRank,
     NonFiniteError,
     ShapeError,
@@ -68,8 +70,10 @@ def test_a_convolution_is_merged_as_a_matrix(dtype, kernel):
 
 def test_a_convolutions_wrong_output_is_refused_before_anything_is_written():
     W0, adapter = np.ones((4, 2, 3), F32), LowRank(np.ones((1, 2, 3)), np.ones((4, 1)), 1.0)
+    got = r"got \(4, .* with strides \(.*\); allocate it with numpy.empty$"
+    message = rf"^out of conv: expected C-contiguous \(4, 2, 3\), {got}"
     for out in (np.zeros((4, 3, 2), F32), np.zeros((3, 2, 4), F32).T):
-        with pytest.raises(ShapeError, match=r"^out of conv: expected C-contiguous \(4, 2, 3\), got \(4, "):
+        with pytest.raises(ShapeError, match=message):
             merge_convolution(W0, [adapter], out=out, name="conv")
         assert not out.any()
     with pytest.raises(ShapeError, match=r"^A: "):
@@ -169,3 +173,50 @@ def test_wrong_biases_are_named():
     with pytest.raises(NonFiniteError, match=r"^bias: .*overflow at \[0, 0\]"):
         merge_bias(bias.astype(F16), [LowRank(A, B, 1e9, bias=bias)])
     assert merge(np.ones((1, 1), F32), A, A, 1.0) == 2
+
+
+def test_defaults_and_threads_reach_the_merge(monkeypatch):
+    """Each function calls the weight W0 unless told otherwise, and merges with the threads that it is
+    given.
+    """
+    module = sys.modules["loracle.reference.merge_layers"]
+    plain, given = module.merge_adapters, []
+    monkeypatch.setattr(
+        module,
+        "merge_adapters",
+        lambda *tensors, threads=None, **options: (
+            given.append(threads) or plain(*tensors, threads=threads, **options)
+        ),
+    )
+    W, A, B = np.ones((3, 4), F32), np.ones((1, 4)), np.ones((3, 1))
+    nan = np.full((3, 4), np.nan, F32)
+    cases = [
+        (merge_embedding, W.T, nan.T, LowRank(A, B, 1.0)),
+        (merge_convolution, W.reshape(3, 2, 2), nan.reshape(3, 2, 2), LowRank(A.reshape(1, 2, 2), B, 1.0)),
+        (merge_experts, W[None], nan[None], LowRank(A[None], B[None], 1.0)),
+    ]
+    for function, weight, wrong, adapter in cases:
+        given.clear()
+        assert (function(weight, [adapter], threads=3) == 2).all()
+        assert given == [3]
+        name = r"W0\[0\]" if function is merge_experts else "W0"
+        with pytest.raises(NonFiniteError, match=rf"^{name}: expected finite numbers, got nan at \[0, 0\]"):
+            function(wrong, [adapter])
+    given.clear()
+    merge_bias(np.ones(3, F32), [])
+    assert given == [1]
+
+
+def test_experts_in_another_dtype_are_checked_for_it():
+    with pytest.raises(DTypeError, match=r"^dtype of the merged W0\[0\]: expected one of float16"):
+        merge_experts(np.ones((1, 3, 4), F32), [], dtype="i4", out=np.zeros((1, 3, 4), "i4"))
+
+
+def test_an_adapter_without_a_bias_does_not_hide_the_next():
+    A, B = np.ones((1, 1)), np.ones((3, 1))
+    adapters = [LowRank(A, B, 1.0), LowRank(A, B, 2.0, bias=np.ones(3, F16))]
+    assert merge_bias(np.zeros(3, F32), adapters).tolist() == [2, 2, 2]
+    with pytest.raises(
+        ShapeError, match=r"^bias of lora_B of adapter 1: expected \(out,\), got shape \(3, 1\)"
+    ):
+        merge_bias(np.zeros(3, F32), [adapters[0], LowRank(A, B, 1.0, bias=B)])

@@ -97,3 +97,23 @@ def test_what_does_not_fit_is_named():
         unmerge_record(W0.T, merged.T, adapters, name="q")
     with pytest.raises(ShapeError, match=r"^lora_A of q: "):
         unmerge(merged.T, adapters, unmerge_record(W0.T, merged.T, []), name="q")
+
+
+def test_defaults_and_threads_reach_the_merge(monkeypatch):
+    plain, given = UNMERGE.merge_adapters, []
+    monkeypatch.setattr(
+        UNMERGE,
+        "merge_adapters",
+        lambda *tensors, threads, **options: (
+            given.append(threads) or plain(*tensors, threads=threads, **options)
+        ),
+    )
+    W0, adapters = np.ones((2, 3), F32), [LowRank(np.ones((1, 3)), np.ones((2, 1)), 1.0)]
+    merged = merge_adapters(W0, adapters)
+    record = unmerge_record(W0, merged, adapters, threads=2)
+    unmerge(merged, adapters, record, threads=3)
+    assert given == [2, 3]
+    with pytest.raises(ShapeError, match=r"^merged W0: "):
+        unmerge_record(W0, merged.T, adapters)
+    with pytest.raises(ShapeError, match=r"^record of W0: "):
+        unmerge(merged.T, adapters, record)
