@@ -18,7 +18,7 @@ from .formats import FORMATS, Array
 from .magnitudes import Magnitude, magnitude_of
 
 Operand: TypeAlias = Any
-"""An array or a `Magnitude`; the functions here return what they were given."""
+"""An array, a `Magnitude` or a `Ball`; the functions here return what they were given."""
 
 _DTYPES = (*(form.dtype for form in FORMATS), np.dtype(object))
 

@@ -333,6 +333,19 @@ def test_softmax_ball_counts_what_rounding_does():
     assert softmax_ball(gap, np.ones((1, 2), bool), 4.0).radius[0, 1] == pytest.approx(moved, rel=1e-4)
 
 
+def test_scores_that_are_all_negative_have_the_gap_and_level_of_their_own():
+    below = softmax_ball(ball([[-9.0, -9.0]], 0.0), np.ones((1, 2), bool), 4.0)
+    above = softmax_ball(ball([[9.0, 9.0]], 0.0), np.ones((1, 2), bool), 4.0)
+    assert np.array_equal(below.radius, above.radius)
+    # A radius r is in the highest and in the lowest score that is computed: a gap of 4 r, a level of 9 + 2 r.
+    r = 2.0**-4
+    wide = softmax_ball(ball([[9.0, 9.0]], r), np.ones((1, 2), bool), 4.0)
+    off = gamma(8, U32) + U32 * (4 * 4 * r + 2 * (9 + 2 * r) + 6 * math.log(2) + 1)
+    rounded = gamma(2, U32) + gamma(3, U32)
+    moved = math.tanh(r + off) / 2
+    assert wide.radius[0, 0] == pytest.approx(moved + (moved + 0.5) * rounded, rel=1e-7)
+
+
 def test_scores_of_which_nothing_is_known_give_probabilities_from_0_to_1():
     found = softmax_ball(ball(np.zeros((1, 3)), np.array([[0.0, 0.0, 1e6]])), np.ones((1, 3), bool), 4.0)
     assert (found.radius >= 1).all()
