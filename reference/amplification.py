@@ -3,6 +3,8 @@
 import math
 from typing import NamedTuple
 
+import numpy as np
+
 from .arguments import check_count
 from .errors import ConfigError, ShapeError
 from .formats import Array
@@ -81,7 +83,7 @@ def _terms(W0: Array, A: Array, B: Array, scaling: float, r: int | None) -> _Ter
     if weight.shape != shape:
         raise ShapeError(f"W0: expected {shape} to fit B and A, got {weight.shape}; is it transposed?")
     U, s, Vh = decomposition
-    size = size_of_factors(float64_matrix(A, "A"), float64_matrix(B, "B"), scaling)
+    size = size_of_factors(np.asarray(A), np.asarray(B), scaling)
     known = count_above(s, relative_threshold(shape, F64) * size)
     if known == 0:
         raise ConfigError("delta: expected an update that is not zero, got zero; train the adapter first")

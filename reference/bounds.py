@@ -251,6 +251,6 @@ def _merged_bias(bias: Array | None, adapters: Sequence[LowRank], W0: Array) -> 
     size = np.zeros(W0.shape[0]) if bias is None else np.abs(bias.astype(np.float64))
     for adapter in adapters:
         if adapter.bias is not None:
-            rows = slice(None) if adapter.rows is None else adapter.rows
+            rows = adapter.rows or slice(None)
             size[rows] += abs(adapter.scaling) * np.abs(adapter.bias.astype(np.float64))
     return size

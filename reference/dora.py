@@ -51,7 +51,7 @@ def dora_norm(W0: Array, adapter: LowRank, *, fan_in_fan_out: bool = False) -> A
     Source: DoRA, arXiv 2402.09353, equation 5, with PEFT's axes.
     """
     W0 = W0.T if fan_in_fan_out else W0
-    check_dora(np.zeros((0, *W0.shape[-1:])), W0, replace(adapter, dropout=None))
+    check_dora(W0, W0, replace(adapter, dropout=None))
     check_dtypes(W0=W0, A=adapter.A, B=adapter.B)
     return _checked_norm(_exact_norm(W0, adapter) if W0.dtype == object else _rounded_norm(W0, adapter))
 
@@ -150,13 +150,13 @@ def forward(x: Operand, W0: Operand, adapter: LowRank, g: Operand, less: Operand
     if bias is not None:
         y = y + bias
     y = y + product(masked(x, adapter.dropout), W0.T) * less
-    return y + update(x, adapter, W0.shape[0]) * g
+    return y + update(x, adapter, *W0.shape[:1]) * g
 
 
 def backward(dy: Operand, x: Operand, W0: Operand, adapter: LowRank, g: Operand, less: Operand) -> DoraTerms:
     """Evaluate `dora_backward` on operands of any kind, W0 as (out, in), with ``less`` for g - 1."""
     own = update_backward(dy * g, x, adapter)
-    rescaled = product(masked(x, adapter.dropout), W0.T) + update(x, adapter, W0.shape[0])
+    rescaled = product(masked(x, adapter.dropout), W0.T) + update(x, adapter, *W0.shape[:1])
     return DoraTerms(
         dx=product(dy, W0) + masked(product(dy * less, W0), adapter.dropout) + own.dx,
         dA=own.dA,
@@ -204,9 +204,14 @@ def row_norms(matrix: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def wide_norm(W0: Array, adapter: LowRank) -> NDArray[np.float64]:
     """Return `dora_norm` in float64, not rounded to the dtype and not checked; W0 as (out, in)."""
-    A, B = adapter.A.astype(np.float64), adapter.B.astype(np.float64)
-    weight = W0.astype(np.float64) + weight_update(LowRank(A, B, adapter.scaling), W0.shape[0])
-    return row_norms(weight)
+    wide = LowRank(widened(adapter.A), widened(adapter.B), adapter.scaling)
+    return row_norms(widened(W0) + weight_update(wide, *W0.shape[:1]))
+
+
+def widened(values: Array) -> NDArray[np.float64]:
+    """Return the numbers in float64, which holds those of every float dtype."""
+    wide: NDArray[np.float64] = np.asarray(values, np.float64)
+    return wide
 
 
 def _check_arguments(
@@ -229,14 +234,14 @@ def _check_arguments(
 def _factors(magnitude: Array, norm: Array) -> tuple[Array, Array]:
     """Return g = magnitude / norm, and g - 1."""
     g = _quotient(magnitude, norm)
-    one: Any = 1 if g.dtype == object else g.dtype.type(1)
+    one: Any = g.dtype.type(1)  # among objects the int
     return g, g - one
 
 
 def _quotient(values: Array, norm: Array) -> Array:
     """Return ``values / norm``, in fractions where the values are objects: ints would give floats."""
     if norm.dtype == object:
-        norm = np.array([Fraction(length) for length in norm], dtype=object)
+        norm = np.fromiter(map(Fraction, norm), object)
     quotient: Array = values / norm
     return quotient
 
@@ -247,9 +252,9 @@ def _rounded_norm(W0: Array, adapter: LowRank) -> Array:
 
 
 def _exact_norm(W0: Array, adapter: LowRank) -> Array:
-    weight = W0 + weight_update(adapter, W0.shape[0])
+    weight = W0 + weight_update(adapter, *W0.shape[:1])
     squares = [Fraction(square) for square in (weight * weight).sum(axis=1)]
-    return np.array([_exact_root(square, row) for row, square in enumerate(squares)], dtype=object)
+    return np.fromiter((_exact_root(square, row) for row, square in enumerate(squares)), object)
 
 
 def _exact_root(square: Fraction, row: int) -> Fraction:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from .dora import widened
 from .dora_entries import RowMerger, is_ordinary
 from .error_free import Float64
 from .formats import Array, float_format, nonfinite_mask
@@ -21,6 +22,8 @@ _PANEL_ENTRIES = 1 << 17
 _SERIAL_PRODUCT = 1 << 18
 _U = 2.0**-53
 _ETA = 2.0**-1074
+# The most that a norm may be off, as a part of it.
+_LARGEST_DOUBT = 1 / 8
 # Underflows beside numbers that round to anything but zero in the narrower formats.
 _TINY = 2.0**-1000
 
@@ -56,27 +59,24 @@ class BandMerger:
     def merge(self, tile: Tile) -> Position | None:
         """Write ``out[tile]``; return where it first has no norm (at its column 0) or overflows."""
         rows, columns = tile
-        B, m = self._B[rows].astype(np.float64), self._magnitude[rows].astype(np.float64)
+        B, m = widened(self._B[rows]), widened(self._magnitude[rows])
         W0, out = self._W0[rows], self._out[rows]
         with np.errstate(all="ignore"):
             scaled = B * self._scaling
             norm, constant, doubt = self._norms(W0, scaled)
-            sound = is_ordinary(norm) & (doubt <= 1 / 8)
+            sound = is_ordinary(norm) & (doubt <= _LARGEST_DOUBT)
             factor = m / norm
-            relative = np.where(sound, 2 * doubt + 8 * _U, np.inf)
-            constant = 2 * np.abs(factor) * constant + _TINY
+            relative, constant = _error_terms(factor, constant, np.where(sound, doubt, np.inf))
         single = RowMerger(W0, self._A, B, self._scaling, m, norm, self._target)
         for row in np.flatnonzero(~sound).tolist():
             if single.square(row) == 0:
                 return row, 0
         overflows: list[Position] = []
         for panel, A in self._panels(columns.stop):
-            uncertain = np.ones((len(m), A.shape[1]), np.bool_)
-            if self._target.precision < 53:
-                with np.errstate(all="ignore"):
-                    rescaled = _evaluate(W0[:, panel], scaled, A) * factor[:, None]
-                    error = np.abs(rescaled) * relative[:, None] + constant[:, None]
-                    uncertain = _round_certain(rescaled, error, out[:, panel])
+            with np.errstate(all="ignore"):
+                rescaled = _evaluate(W0[:, panel], scaled, A) * factor[:, None]
+                error = np.abs(rescaled) * relative[:, None] + constant[:, None]
+                uncertain = _round_certain(rescaled, error, out[:, panel])
             i, j = np.nonzero(uncertain)
             out[i, j + panel.start] = single.entries(i, j + panel.start)
             first = np.argwhere(nonfinite_mask(out[:, panel]))[:1].tolist()
@@ -85,10 +85,10 @@ class BandMerger:
 
     def _panels(self, columns: int) -> Iterator[tuple[slice, Float64]]:
         """Yield ranges of columns, and A there in float64."""
-        width = min(_BLOCK_COLUMNS, max(1, _PANEL_ENTRIES // len(self._A)))
+        width = min(_BLOCK_COLUMNS, -(-_PANEL_ENTRIES // len(self._A)))
         for start in range(0, columns, width):
             panel = slice(start, min(start + width, columns))
-            yield panel, self._A[:, panel].astype(np.float64)
+            yield panel, widened(self._A[:, panel])
 
     def _norms(self, W0: Array, scaled: Float64) -> tuple[Float64, Float64, Float64]:
         """Return t, c and d of each row."""
@@ -103,6 +103,11 @@ class BandMerger:
         constant = 2 * (r + 4) * _U * size * largest + 2 * r * _ETA * (largest + 1)
         doubt = (1 + depth + panels + 6) * _U + constant * math.sqrt(W0.shape[1]) / norm
         return norm, constant, doubt
+
+
+def _error_terms(factor: Float64, constant: Float64, doubt: Float64) -> tuple[Float64, Float64]:
+    """Return a and b of the error E = a |q~| + b of each row."""
+    return 2 * doubt + 8 * _U, 2 * np.abs(factor) * constant + _TINY
 
 
 def _evaluate(W0: Array, scaled: Float64, A: Float64) -> Float64:
@@ -128,9 +133,9 @@ def _round_certain(values: Float64, error: Float64, out: Array) -> NDArray[np.bo
 
 def _sum_rows(values: Float64) -> Float64:
     """Return the sum of each row, added up pairwise: log2 of the row's length roundings on each path."""
-    while values.shape[1] > 1:
-        half = (values.shape[1] + 1) // 2
+    while tail := values.shape[1] // 2:
+        half = values.shape[1] - tail
         head = values[:, :half].copy()
-        head[:, : values.shape[1] - half] += values[:, half:]
+        head[:, :tail] += values[:, half:]
         values = head
     return values[:, 0]

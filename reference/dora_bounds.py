@@ -34,7 +34,7 @@ from numpy.typing import DTypeLike
 
 from . import dora
 from .bounds import sized, sizing, slack
-from .dora import DoraGradients, check_dora, row_norms, wide_norm
+from .dora import DoraGradients, check_dora, row_norms, wide_norm, widened
 from .errors import ConfigError
 from .formats import Array, float_format
 from .linear import weight_update
@@ -46,6 +46,9 @@ from .precision import ROUND_UP, Precision, gamma
 # What an evaluation in another order may round more often than the definition, beyond `slack`: a bias that is
 # subtracted from the base layer's output again, two sums or factors taken apart.
 _MORE = 2
+_FLOAT64 = Precision(np.float64)
+# For the roundings of g - 1 here, which are not small beside the result.
+_OWN_ROUNDING = 2.0**-50
 
 
 def dora_norm_bound(
@@ -61,7 +64,7 @@ def dora_norm_bound(
         ShapeError, DTypeError, ConfigError: as in `linear_forward_bound`.
     """
     W0 = W0.T if fan_in_fan_out else W0
-    check_dora(np.zeros((0, *W0.shape[-1:])), W0, replace(adapter, dropout=None))
+    check_dora(W0, W0, replace(adapter, dropout=None))
     return _norm_error(W0, adapter, Precision.of(precision))
 
 
@@ -147,20 +150,19 @@ class _Sizes:
 def _sizes(W0: Array, adapter: LowRank, magnitude: Array, precision: Precision | DTypeLike) -> _Sizes:
     precision = Precision.of(precision)
     error = _norm_error(W0, adapter, precision)
-    norm, doubt = wide_norm(W0, adapter), _norm_error(W0, adapter, Precision(np.float64))
+    norm, doubt = wide_norm(W0, adapter), _norm_error(W0, adapter, _FLOAT64)
     least, most = norm - doubt, norm + doubt
     for row in np.flatnonzero(~(error <= least / 2)):
         raise ConfigError(
             f"precision: expected one that bounds the error of each norm by half of it, got {error[row]:.3g} "
             f"for row {row} of norm {norm[row]:.3g}; name a more precise dtype"
         )
-    lengths = magnitude.astype(np.float64)
+    lengths = widened(magnitude)
     factors = [*(lengths / norm).tolist(), *(adapter.scaling * lengths / norm).tolist()]
     unit = underflow_unit(precision.form, adapter.scaling, *factors)
     reciprocal = Magnitude(1 / least, error / (least - error) / least * ROUND_UP, unit, precision)
     g = magnitude_of(magnitude, precision, unit) * reciprocal
-    # 2^-50 for the roundings of the two differences themselves, which are not small beside their results.
-    away = np.maximum(np.abs(lengths / least - 1), np.abs(lengths / most - 1)) + 2.0**-50 * g.size
+    away = np.maximum(np.abs(lengths / least - 1), np.abs(lengths / most - 1)) + _OWN_ROUNDING * g.size
     less = replace(g, size=away, lost=g.bound(0), stores=1)
     own = sized([adapter], lambda values: None if values is None else magnitude_of(values, precision, unit))
     return _Sizes(precision, unit, own[0], reciprocal, g, less)
@@ -170,8 +172,8 @@ def _norm_error(W0: Array, adapter: LowRank, precision: Precision) -> Bound:
     """Return E of the module's docstring for each row, W0 as (out, in)."""
     precision = replace(precision, failure=None)
     size = sizing(precision, [adapter])
-    own = sized([replace(adapter, dropout=None)], size)[0]
-    weight = size(W0) + weight_update(own, W0.shape[0])
+    own = sized([adapter], size)[0]
+    weight = size(W0) + weight_update(own, *W0.shape[:1])
     entries, sizes = row_norms(weight.bound(slack([adapter]))), row_norms(weight.size)
     wide = max(precision.wide, float_format(np.float32), key=lambda form: form.precision)
     in_features = W0.shape[1]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from .dora import widened
 from .error_free import Float64, two_product, two_sum
 from .formats import Array, FloatFormat, float_format, nonfinite_mask
 from .merge_entries import Index, round_sum, sum_in_double_double
@@ -18,9 +19,11 @@ from .rounding import round_fraction
 _PRODUCTS_AT_ONCE = 1 << 15
 _U2 = 2.0**-106
 _NEGLIGIBLE, _TRUSTED = 2.0**-200, 2.0**-100
-# Norms of which every square that matters, and results of which every residual, is far from underflow.
+# What T and q1 have to be for the error of a quotient to be as it is said below; the growth of a sum of d.
+_LARGEST_T, _SMALLEST_RESULT = 2.0**-60, 2.0**-900
+_SUM_GROWTH = 2.0**-50
+# Norms of which every square that matters is far from the ends of the range.
 _SMALLEST_NORM, _LARGEST_NORM = 2.0**-250, 2.0**450
-_SMALLEST_RESULT = 2.0**-900
 
 
 def is_ordinary(norm: Float64) -> NDArray[np.bool_]:
@@ -68,8 +71,8 @@ class RowMerger:
         self._W0, self._A, self._B, self._scaling = W0, A, B, scaling
         self._magnitude, self._norm, self._target = magnitude, norm, target
         self._squares: dict[int, Fraction] = {}
-        self._pending = is_ordinary(norm)
-        self._norms = tuple(np.full(norm.shape, np.nan) for _ in range(3))
+        self._done = ~is_ordinary(norm)
+        self._norms = np.full((3, *norm.shape), np.nan)
 
     def square(self, row: int) -> Fraction:
         """Return the exact ``||w||^2`` of a row."""
@@ -79,8 +82,8 @@ class RowMerger:
 
     def entries(self, rows: Index, columns: Index) -> Array:
         """Return the entries at the places given, each rounded once; zero is +0, an overflow infinite."""
-        self._prepare(np.unique(rows[self._pending[rows]]))
-        step = max(1, _PRODUCTS_AT_ONCE // len(self._A))
+        self._prepare(np.unique(rows[~self._done[rows]]))
+        step = -(-_PRODUCTS_AT_ONCE // len(self._A))
         pieces = [
             self._entries(rows[start : start + step], columns[start : start + step])
             for start in range(0, len(rows), step)
@@ -89,48 +92,43 @@ class RowMerger:
 
     def _prepare(self, rows: Index) -> None:
         """Compute the norms of rows in double-double; those that are not ordinary stay NaN."""
-        self._pending[rows] = False
-        step = max(1, _PRODUCTS_AT_ONCE // (len(self._A) * self._width()))
+        self._done[rows] = True
+        step = -(-_PRODUCTS_AT_ONCE // (len(self._A) * self._width()))
         for start in range(0, len(rows), step):
             chunk = rows[start : start + step]
             with np.errstate(all="ignore"):
-                for own, new in zip(self._norms, self._norms_of(chunk), strict=True):
-                    own[chunk] = new
+                self._norms[:, chunk] = self._norms_of(chunk)
 
     def _width(self) -> int:
         """Return how many columns of a row are taken at once."""
-        return max(1, min(int(self._A.shape[1]), _PRODUCTS_AT_ONCE // len(self._A)))
+        return min(int(self._A.shape[1]), -(-_PRODUCTS_AT_ONCE // len(self._A)))
 
     def _merged(self, rows: Index, columns: Index) -> tuple[Float64, Float64, Float64]:
         """Return ``W0 + scaling * B @ A`` at the given places, as high, low and error."""
         needed, places = np.unique(columns, return_inverse=True)
-        A = self._A[:, needed].astype(np.float64)
-        w = self._W0[rows, columns].astype(np.float64)
-        spans = [(slice(None), self._scaling)]
-        return sum_in_double_double(w, rows, places.reshape(-1), A, self._B, spans)
+        A, w = widened(self._A[:, needed]), widened(self._W0[rows, columns])
+        return sum_in_double_double(w, rows, places, A, self._B, [(slice(None), self._scaling)])
 
     def _norms_of(self, rows: Index) -> tuple[Float64, Float64, Float64]:
         """Return the rows' norms as th, tl and the relative error T."""
         norm = self._norm[rows]
         columns, width = self._A.shape[1], self._width()
         high, low, error = (np.zeros(len(rows)) for _ in range(3))
-        depth = panels = 0
         for start in range(0, columns, width):
             panel = np.arange(start, min(start + width, columns))
             i, j = np.repeat(rows, len(panel)), np.tile(panel, len(rows))
-            h, lo, lost = (part.reshape(len(rows), -1) for part in self._merged(i, j))
+            h, lo, lost = (part.reshape(len(rows), len(panel)) for part in self._merged(i, j))
             h = np.where(np.abs(h) < _NEGLIGIBLE * norm[:, None], 0.0, h)
-            lo = np.where(h == 0, 0.0, lo)
             square, rest = two_product(h, h)
-            square, rest, levels = _sum_rows(square, rest + 2 * h * lo)
+            square, rest = _sum_rows(square, rest + 2 * h * lo)
             high, low = _add(high, low, square, rest)
             error += lost.sum(axis=1)
-            depth, panels = max(depth, levels), panels + 1
         high, low = two_sum(high, low)
         root = np.sqrt(high)
         square, rest = two_product(root, root)
         below = (((high - square) - rest) + low) / (2 * root)
-        relative = (10 + 4 * (depth + panels + 4.0) ** 2) * _U2 + error / root * (1 + columns * 2.0**-50)
+        steps = (width - 1).bit_length() - (-columns // width)
+        relative = (10 + 4 * (steps + 4.0) ** 2) * _U2 + error / root * (1 + columns * _SUM_GROWTH)
         # Where a row has cancelled, ``norm`` says nothing of what may be left out.
         return root, below, np.where(root >= _TRUSTED * norm, relative, np.nan)
 
@@ -141,14 +139,10 @@ class RowMerger:
             high, low, lost = self._merged(rows, columns)
             zero = ((high == 0) & (low == 0) & (lost == 0)) | (m == 0)
             q1, q2 = _quotient(high, low, m, th, tl)
-            error = np.abs(q1) * (64 * _U2 + 2 * relative) + 2 * np.abs(m) * lost / th
-            certain = (relative <= 2.0**-60) & (np.abs(q1) >= _SMALLEST_RESULT)
-            q1, q2 = two_sum(q1, q2)
-            # One step outwards covers the rounding of q2 -+ error.
-            result = round_sum(q1, np.nextafter(q2 - error, -np.inf), self._target)
-            other = round_sum(q1, np.nextafter(q2 + error, np.inf), self._target)
-        certain &= np.isfinite(q1) & np.isfinite(q2) & np.isfinite(error)
-        certain &= (result.view(self._target.bits) == other.view(self._target.bits)) & ~nonfinite_mask(result)
+            error = _quotient_error(q1, relative, m, lost, th)
+            certain = (relative <= _LARGEST_T) & (np.abs(q1) >= _SMALLEST_RESULT)
+            result, decided = _round_between(*two_sum(q1, q2), error, self._target)
+        certain &= decided
         result[zero] = 0
         for n in np.flatnonzero(~(certain | zero)):
             result[n] = self._exact(int(rows[n]), int(columns[n]))
@@ -161,13 +155,13 @@ class RowMerger:
 
 def exact_merged(w: Any, b: Iterable[Any], a: Iterable[Any], scaling: float) -> Fraction:
     """Return ``w + scaling * sum_k b[k] a[k]`` exactly."""
-    update = sum((Fraction(float(x)) * Fraction(float(y)) for x, y in zip(b, a, strict=True)), Fraction(0))
+    update = sum(Fraction(float(x)) * Fraction(float(y)) for x, y in zip(b, a, strict=True))
     return Fraction(float(w)) + Fraction(scaling) * update
 
 
 def exact_square(w: Array, A: Array, b: Array, scaling: float) -> Fraction:
     """Return ``sum_j (w[j] + scaling * sum_k b[k] A[k, j])^2`` exactly; integers do the work."""
-    width = max(1, _PRODUCTS_AT_ONCE // len(A))
+    width = -(-_PRODUCTS_AT_ONCE // len(A))
     total = Fraction(0)
     (own,), own_unit = _integers(np.array([scaling]))
     b_whole, b_unit = _integers(b)
@@ -212,17 +206,33 @@ def _quotient(h: Float64, lo: Float64, m: Float64, th: Float64, tl: Float64) -> 
     return q, ((((top - back) - back_rest) + rest) - q * tl) / th
 
 
-def _sum_rows(high: Float64, low: Float64) -> tuple[Float64, Float64, int]:
-    """Return the sum of each row, pairwise, as high and low, and the number of levels."""
-    levels = 0
-    while high.shape[1] > 1:
-        half = (high.shape[1] + 1) // 2
-        tail = high.shape[1] - half
+def _quotient_error(q: Float64, relative: Float64, m: Float64, lost: Float64, th: Float64) -> Float64:
+    """Return ``|q| (64 u^2 + 2 T) + 2 |m| d / th``."""
+    error: Float64 = np.abs(q) * (64 * _U2 + 2 * relative) + 2 * np.abs(m) * lost / th
+    return error
+
+
+def _round_between(
+    high: Float64, low: Float64, error: Float64, target: FloatFormat
+) -> tuple[Array, NDArray[np.bool_]]:
+    """Round ``high + low``; return also where that is finite and all numbers within the error round alike.
+
+    What is not finite on the way makes the result so.
+    """
+    # One step outwards covers the rounding of low -+ error.
+    result = round_sum(high, np.nextafter(low - error, -np.inf), target)
+    other = round_sum(high, np.nextafter(low + error, np.inf), target)
+    return result, (result.view(target.bits) == other.view(target.bits)) & ~nonfinite_mask(result)
+
+
+def _sum_rows(high: Float64, low: Float64) -> tuple[Float64, Float64]:
+    """Return the sum of each row, pairwise, as high and low."""
+    while tail := high.shape[1] // 2:
+        half = high.shape[1] - tail
         head_high, head_low = _add(high[:, :tail], low[:, :tail], high[:, half:], low[:, half:])
         high = np.concatenate([head_high, high[:, tail:half]], axis=1)
         low = np.concatenate([head_low, low[:, tail:half]], axis=1)
-        levels += 1
-    return high[:, 0], low[:, 0], levels
+    return high[:, 0], low[:, 0]
 
 
 def _add(high: Float64, low: Float64, high2: Float64, low2: Float64) -> tuple[Float64, Float64]:
@@ -232,8 +242,7 @@ def _add(high: Float64, low: Float64, high2: Float64, low2: Float64) -> tuple[Fl
 
 def _integers(values: Array) -> tuple[NDArray[Any], int]:
     """Return an object array of ints k and an exponent e, with ``values == k * 2^e``."""
-    ratios = [value.as_integer_ratio() for value in values.ravel().astype(np.float64).tolist()]
-    exponent = -max((denominator.bit_length() - 1 for _, denominator in ratios), default=0)
-    whole = np.empty(values.size, object)
-    whole[:] = [n * ((1 << -exponent) // d) for n, d in ratios]
-    return whole.reshape(values.shape), exponent
+    ratios = [value.as_integer_ratio() for value in widened(values).ravel().tolist()]
+    common = max(denominator for _, denominator in ratios)  # of powers of two
+    whole = np.fromiter((n * (common // d) for n, d in ratios), object)
+    return whole.reshape(values.shape), 1 - common.bit_length()

@@ -135,7 +135,7 @@ def update_backward(
 ) -> tuple[Operand, Operand]:
     """Return dA and dB of one adapter, on operands of any kind; nothing is checked."""
     flat, rows_dy = ids.ravel(), as_rows(dy)
-    kept = np.flatnonzero(flat != padding_idx) if padding_idx is not None else np.arange(flat.size)
+    kept = np.flatnonzero(flat != padding_idx)  # all of them, where padding_idx is None
     vocabulary = adapter.A.shape[1]
 
     def scatter(values: Array) -> Array:

@@ -98,8 +98,9 @@ def expert_factors_from_peft(lora_A: Array, lora_B: Array, experts: int) -> tupl
             f"lora_B: expected (out, {lora_A.shape[0]}) to fit lora_A {lora_A.shape}, got {lora_B.shape}; "
             "is it transposed?"
         )
-    A = lora_A.reshape(experts, -1, lora_A.shape[1])
-    B = lora_B.reshape(lora_B.shape[0], -1, experts).transpose(2, 0, 1)
+    r = lora_A.shape[0] // experts
+    A = lora_A.reshape(experts, r, lora_A.shape[1])
+    B = lora_B.reshape(lora_B.shape[0], r, experts).transpose(2, 0, 1)
     return A, B
 
 

@@ -18,7 +18,7 @@ def check_indices(name: str, values: NDArray[Any], count: int, weight: Array) ->
         DTypeError: they are not integers (booleans are none).
         ShapeError: the first that is negative, or ``count`` or more, is named with its position.
     """
-    if values.dtype.kind not in "iu":
+    if values.dtype.kind not in ("i", "u"):
         raise DTypeError(f"{name}: expected integers, got {values.dtype}; convert it")
     # NumPy would take -1 for the last row.
     outside = np.argwhere((values < 0) | (values >= count))

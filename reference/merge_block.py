@@ -13,14 +13,14 @@ from .factors import Factors, norm_bound
 from .formats import Array, FloatFormat, largest_magnitude, nonfinite_mask
 from .merge_entries import Index, merged_entries
 from .merge_interval import IntervalEvaluator
-from .merge_proof import EvaluationError, evaluation_error, prove_entries
+from .merge_proof import evaluation_error, prove_entries
 from .tiles import Position, Tile
 
 _NOTHING: tuple[Index, Index] = (np.empty(0, np.intp), np.empty(0, np.intp))
 
 _PRODUCTS_AT_ONCE = 1 << 16
-# Entries left for `merged_entries` wait until there are this many: its cost is one of calls, not of entries.
-_PENDING_ENTRIES = 1 << 12
+# Entries that are left wait until there are this many: computing them costs calls, not entries.
+_PENDING_ENTRIES = 1 << 13
 # Beyond these, float32 is left for float64: too many terms for its bound, or too near the end of its range.
 _FLOAT32_TERMS = 1 << 10
 _FLOAT32_SIZE = 2.0**120
@@ -32,10 +32,9 @@ class BlockMerger:
     """Merges tiles of one range of rows one after the other; owns the scratch memory of one thread.
 
     In stages, each for the entries that the one before it did not prove right (see `merge_proof`): all
-    entries in floating point, in float32 for a 16-bit target and in float64 for float32; for a 16-bit target
-    single entries in float64; at last `merged_entries`, not at once, but when some have gathered or with
-    `finish`. Each gives the correct rounding or none, so which of them an entry goes through cannot be seen
-    in the result.
+    entries in floating point, in float32 for a 16-bit target and in float64 for float32; then, when some have
+    gathered or with `finish`, single entries, for a 16-bit target in float64, and `merged_entries`. Each
+    gives the correct rounding or none, so which of them an entry goes through cannot be seen in the result.
     """
 
     def __init__(
@@ -96,12 +95,14 @@ class BlockMerger:
         """Round W0 + B @ panel into ``out``; return the flat indices of what is not proven right."""
         norms = norm_bound(B, axis=1)
         most = float(norms.max())
-        if max(largest, self._panel_norm, most, most * self._panel_norm) < _FLOAT32_SIZE and self._float32:
-            uncertain = self._round_all(W0, B, norms, largest, out, np.dtype(np.float32))
-            self._float32 = len(uncertain) <= _FLOAT32_SHARE * out.size
-        else:
-            uncertain = self._round_all(W0, B, norms, largest, out, np.dtype(np.float64))
-        return self._round_single(W0, B, norms, uncertain, out) if self._narrow else uncertain
+        if (
+            max(largest, self._panel_norm, most, most * self._panel_norm) >= _FLOAT32_SIZE
+            or not self._float32
+        ):
+            return self._round_all(W0, B, norms, largest, out, np.dtype(np.float64))
+        uncertain = self._round_all(W0, B, norms, largest, out, np.dtype(np.float32))
+        self._float32 = len(uncertain) <= _FLOAT32_SHARE * out.size
+        return uncertain
 
     def _round_all(
         self, W0: Array, B: Float64, norms: Float64, largest: float, out: Array, dtype: np.dtype[Any]
@@ -124,32 +125,30 @@ class BlockMerger:
                 indices.append(np.flatnonzero(uncertain) + start * out.shape[1])
         return np.concatenate(indices)
 
-    def _round_single(self, W0: Array, B: Float64, norms: Float64, indices: Index, out: Array) -> Index:
-        """Evaluate the entries at the flat indices in float64; return the indices of what is not proven."""
-        remaining = [indices[:0]]
-        error = evaluation_error(B.dtype, B.shape[1], norms, self._panel_norm)
-        for some in _pieces(len(indices), B.shape[1]):
-            i, j = np.divmod(indices[some], out.shape[1])
-            single = EvaluationError(error.relative, error.absolute[i])
-            w = W0[i, j].astype(np.float64)
-            entries, proven = prove_entries(w, B[i], self._panel[:, j].T, single, self._target)
-            out[i, j] = entries
-            remaining.append(indices[some][~(proven & ~nonfinite_mask(entries))])
-        return np.concatenate(remaining)
-
     def _settle_pending(self) -> None:
-        """Compute the entries that wait in more than float64."""
-        all_i, all_j = (np.concatenate(indices) for indices in zip(*self._pending, strict=True))
+        """Compute the entries that wait, one by one."""
+        i, j = (np.concatenate(indices) for indices in zip(*self._pending, strict=True))
         self._pending = [_NOTHING]
-        for some in _pieces(len(all_i), self._factors.r):
-            i, j = all_i[some], all_j[some]
-            own = np.arange(len(i))
-            w = self._W0[i, j].astype(np.float64)
-            B, A = self._factors.left(i), self._factors.panel(j)
-            entries = merged_entries(w, own, own, A, B, self._factors.spans, self._target)
+        for some in _pieces(len(i), self._factors.r):
+            self._settle(i[some], j[some])
+
+    def _settle(self, i: Index, j: Index) -> None:
+        """Compute the entries at (i, j): for 16 bits in float64 first, and in more what that does not
+        prove.
+        """
+        w, B, A = self._W0[i, j].astype(np.float64), self._factors.left(i), self._factors.panel(j)
+        if self._narrow:
+            b = B * self._factors.scalings
+            error = evaluation_error(A.dtype, len(A), norm_bound(b, axis=1), norm_bound(A, axis=0))
+            entries, proven = prove_entries(w, b, A.T, error, self._target)
             self._out[i, j] = entries
-            overflows = np.flatnonzero(nonfinite_mask(entries))
-            self._overflows += zip(i[overflows].tolist(), j[overflows].tolist(), strict=True)
+            rest = ~(proven & ~nonfinite_mask(entries))
+            i, j, w, B, A = i[rest], j[rest], w[rest], B[rest], A[:, rest]
+        own = np.arange(len(i))
+        entries = merged_entries(w, own, own, A, B, self._factors.spans, self._target)
+        self._out[i, j] = entries
+        overflows = np.flatnonzero(nonfinite_mask(entries))
+        self._overflows += zip(i[overflows].tolist(), j[overflows].tolist(), strict=True)
 
 
 def _pieces(count: int, r: int) -> Iterator[slice]:

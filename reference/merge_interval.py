@@ -8,7 +8,7 @@ from .error_free import Float64
 from .formats import BFLOAT16, Array, FloatFormat
 
 # A product of at most this many multiplications is too small for OpenBLAS to start threads of its own for.
-_SERIAL_PRODUCT = 1 << 18
+_SERIAL_PRODUCT = (1 << 18) - 1
 # As many entries as a few threads can work on without waiting for one another's turn in the interpreter.
 _BLOCK_ENTRIES = 1 << 17
 _MOST_COLUMNS = 1 << 7

@@ -48,14 +48,20 @@ class EvaluationError:
 
 
 def evaluation_error(
-    dtype: np.dtype[Any], r: int, row_norms: Float64, column_norm: float, *, through_float32: bool = False
+    dtype: np.dtype[Any],
+    r: int,
+    row_norms: Float64,
+    column_norm: Float64 | float,
+    *,
+    through_float32: bool = False,
 ) -> EvaluationError:
     """Return e for an evaluation in float32 or float64; see the module.
 
     Args:
         dtype: worked in.
         r: number of components.
-        row_norms: (rows,) at least ||b'||_2; column_norm: at least ||a||_2 of every column.
+        row_norms: (rows,) at least ||b'||_2.
+        column_norm: at least ||a||_2 of every column, or of each row's own.
         through_float32: whether all that follows the product is done in float32.
     """
     u, eta = _U[dtype], _ETA[dtype]

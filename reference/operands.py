@@ -27,7 +27,7 @@ def product(a: Operand, b: Operand) -> Operand:
     """Return the matrix product in the operands' dtype (NumPy would give float32 for bfloat16)."""
     if isinstance(a, Magnitude | Ball):
         return a @ b
-    return np.matmul(a, b).astype(a.dtype, copy=False)
+    return np.matmul(a, b).astype(a.dtype)
 
 
 def scale(values: Operand, factor: float) -> Operand:

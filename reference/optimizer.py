@@ -173,7 +173,7 @@ def clip_by_global_norm(gradients: Sequence[Array], max_norm: float) -> tuple[tu
         float_format(gradient.dtype, f"gradient {number}")
         _check_finite(f"gradient {number}", gradient, "skip this step")
         with np.errstate(over="ignore"):
-            squares += float(np.square(gradient.astype(np.float64)).sum())
+            squares += float(np.square(gradient, dtype=np.float64).sum())
     if squares == math.inf:
         raise NonFiniteError(
             "norm: expected a finite sum of squares, got an overflow; scale the gradients down"

@@ -85,9 +85,9 @@ def check_rotary(cos: Array, sin: Array, shape: tuple[int, ...], name: str = "x"
 
 
 def signed(sin: Array) -> Array:
-    """Return sin with its first half negated: the sign of ``rotate_half`` moved to the table."""
-    half = sin.shape[-1] // 2
-    return np.concatenate([-sin[..., :half], sin[..., half:]], axis=-1)
+    """Return sin, (T, D), with its first half negated: the sign of ``rotate_half`` moved to the table."""
+    half = sin.shape[1] // 2
+    return np.concatenate([-sin[:, :half], sin[:, half:]], axis=1)
 
 
 def rotate(x: Operand, cos: Operand, signed_sin: Operand) -> Operand:
@@ -101,4 +101,5 @@ def rotate_backward(dy: Operand, cos: Operand, signed_sin: Operand) -> Operand:
 
 
 def _swapped(values: Array) -> Array:
-    return np.roll(values, values.shape[-1] // 2, axis=-1)
+    half = values.shape[-1] // 2
+    return np.concatenate([values[..., half:], values[..., :half]], axis=-1)

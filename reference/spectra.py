@@ -33,7 +33,7 @@ def delta_svd(A: Array, B: Array, scaling: float = 1.0) -> Svd:
     """
     A, B, scaling = _factors(A, B, scaling)
     left, right = np.linalg.qr(B), np.linalg.qr(A.T)
-    with np.errstate(over="ignore", invalid="ignore"):
+    with np.errstate(all="ignore"):  # what overflows is refused
         core = left.R @ right.R.T
         core_name = "the product of B and A"
         if not np.isfinite(core).all():

@@ -17,6 +17,7 @@ from .initialization import (
 )
 from .merge import merge
 from .rounding import round_to
+from .svd import svd
 
 _NAMES = "True, False, 'gaussian', 'orthogonal', 'pissa', 'olora'"
 
@@ -47,7 +48,7 @@ def pissa_start(
 
     Raises:
         ShapeError, DTypeError, ConfigError: as in `kaiming_start`; ``r`` too large; ``scaling`` not above 0.
-        NonFiniteError: NaN or infinity in W0; A, B or the residual too large for its dtype.
+        NonFiniteError: NaN or infinity in W0; a singular value, A, B or the residual too large for its dtype.
 
     Source: PiSSA, arXiv 2404.02948, equations 2 to 4.
     """
@@ -57,7 +58,7 @@ def pissa_start(
             f"scaling: expected a finite number above 0 to divide singular values by, got {scaling}; "
             "check lora_alpha"
         )
-    U, S, Vt = np.linalg.svd(_wide(weight), full_matrices=False)
+    U, S, Vt = svd(_wide(weight), "W0")
     root = np.sqrt(S[:r] / scaling)
     A = round_to(root[:, np.newaxis] * Vt[:r], dtype)
     B = round_to(U[:, :r] * root, dtype)

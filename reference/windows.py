@@ -117,8 +117,9 @@ class Windows:
         """Return the windows on (N, *input_shape): (groups, N * L, K)."""
         groups, L, K = self.index.shape
         N = len(values)
-        flat = values.reshape(N, math.prod(self.input_shape))
-        extended = np.concatenate([flat, np.zeros((N, 1), values.dtype)], axis=1)
+        size = math.prod(self.input_shape)
+        extended = np.zeros((N, size + 1), values.dtype)
+        extended[:, :-1] = values.reshape(N, size)
         return extended[:, self.index].swapaxes(0, 1).reshape(groups, N * L, K)
 
     def scatter(self, columns: Array) -> Array:
@@ -164,7 +165,7 @@ def windows_on(input_shape: tuple[int, ...], kernel: tuple[int, ...], geometry: 
     flat, inside = np.zeros((), np.intp), np.ones((), np.bool_)
     for n, axis in enumerate(axes):
         # Windows on the first `count` axes, taps on the rest.
-        around = [1] * (2 * count)
+        around = [1 for _ in (*axes, *axes)]
         around[n], around[count + n] = axis.windows, axis.kernel
         source = axis.sources().reshape(around)
         flat = flat * axis.size + source

@@ -108,24 +108,40 @@ def test_where_the_weight_has_nothing_there_the_factor_is_infinite():
     assert amplification_factor(nothing, A, B) == math.inf
     assert amplification_factor_bound(nothing, A, B) == math.inf
     assert amplification_factor(W0 * 0, A, B, r=1) == math.inf
+    assert amplification_factor_bound(W0 * 0, A, B, r=1) == math.inf
     equal = B * [1.0, 8 / 3]
     assert amplification_factor_bound(W0, A, equal, r=1) == math.inf
     assert amplification_factor_bound(W0, A, equal, r=2) < 1e-9
 
 
 def test_the_bound_by_hand():
-    error = delta_svd_error_bound(A, B)
-    moved = projector_error([8.0, 3.0], 1, error, 3)
-    weight = np.linalg.norm(W0)
-    lost = (2 * moved + moved**2 + error / 8) * weight
-    expected = (error * 2 + math.sqrt(73) * lost) / (2 * (2 - lost))
-    assert expected * (1 - 2**-40) < amplification_factor_bound(W0, A, B, r=1) < expected * (1 + 2**-20)
+    for scaling in (1.0, -0.25):
+        error, size = delta_svd_error_bound(A, B, scaling), abs(scaling)
+        moved = projector_error([8.0 * size, 3.0 * size], 1, error, 3)
+        weight = np.linalg.norm(W0)
+        lost = (2 * moved + moved**2 + error / (8 * size)) * weight
+        expected = (error * 2 + math.sqrt(73) * size * lost) / (2 * (2 - lost))
+        bound = amplification_factor_bound(W0, A, B, scaling, r=1)
+        assert expected * (1 - 2**-40) < bound < expected * (1 + 2**-20)
     # Of a whole space on either side, whose projector is known.
     error = delta_svd_error_bound(np.eye(2), np.eye(2))
     lost = 3 * error * math.sqrt(10)
     expected = (error * math.sqrt(10) + math.sqrt(2) * lost) / (10 - lost * math.sqrt(10))
     bound = amplification_factor_bound(np.array([[1.0, 2.0], [2.0, 1.0]]), np.eye(2), np.eye(2))
     assert expected * (1 - 2**-30) < bound < expected * (1 + 2**-20)
+
+
+def test_the_bound_where_the_subspaces_are_hardly_known():
+    """Of singular values 1 + 2^-36 and 1: the product of the two projectors' errors counts, too."""
+    s = [1 + 2.0**-36, 1.0]
+    A, B, weight = np.eye(2), np.diag(s), np.eye(2)
+    error = delta_svd_error_bound(A, B)
+    moved = projector_error(s, 1, error, 2)
+    assert moved > 0.01
+    lost = (2 * moved + moved**2 + error / s[0]) * math.sqrt(2)
+    expected = (error + math.hypot(*s) * lost) / (1 - lost)
+    bound = amplification_factor_bound(weight, A, B, r=1)
+    assert expected * (1 - 2**-10) < bound < expected * (1 + 2**-10)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

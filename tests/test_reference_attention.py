@@ -291,6 +291,7 @@ def test_softmax_backward_is_the_jacobian_of_softmax():
     p, dp = rational(rng.integers(1, 9, (2, 3)) / 16), rational(rng.integers(-9, 9, (2, 3)))
     expected = [(np.diag(row) - np.outer(row, row)) @ d for row, d in zip(p, dp, strict=True)]
     assert softmax_backward(dp, p).tolist() == np.array(expected).tolist()
+    assert softmax_backward(dp[0], p[0]).tolist() == expected[0].tolist()
 
 
 def test_softmax_refuses_what_it_has_no_value_for():

@@ -13,6 +13,12 @@ from loracle.reference import (
     convolution_delta_factors,
     convolution_forward,
 )
+from loracle.reference.convolution_shapes import columns_of
+
+
+def test_an_output_sees_a_window_of_each_of_its_channels():
+    assert columns_of((7, 5, 3, 2)) == 30
+
 
 # A layer with three axes, two groups and an adapter of rank 3: every size is another.
 ARGUMENTS = {
@@ -115,6 +121,11 @@ def test_the_arguments_of_these_tests_fit():
     call({})
     call({"B": np.ones((6, 3, 1, 1, 1)), "bias": None, "bias of lora_B": None, "dropout": None})
     call({}, Convolution(stride=1, padding="valid", groups=2))
+
+
+def test_one_kernel_size_is_enough():
+    y = convolution_forward(np.ones((1, 2, 5)), np.ones((3, 2, 2)), [], geometry=Convolution())
+    assert y.tolist() == np.full((1, 3, 4), 4.0).tolist()
 
 
 def test_groups_must_divide_the_outputs():

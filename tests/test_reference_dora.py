@@ -28,7 +28,15 @@ from loracle.reference import (
     adapted_linear_forward,
     round_fraction,
 )
-from loracle.reference.dora import dora_backward, dora_forward, dora_magnitude_start, dora_norm
+from loracle.reference.dora import (
+    dora_backward,
+    dora_forward,
+    dora_magnitude_start,
+    dora_norm,
+    row_norms,
+    wide_norm,
+    widened,
+)
 from loracle.reference.formats import FORMATS
 
 DTYPES = [form.dtype for form in FORMATS]
@@ -214,6 +222,41 @@ def test_the_norm_is_evaluated_in_float64_and_rounded_once(dtype):
     W0 = np.array([[1.0, 0.0]], dtype)
     expected = math.hypot(2.0, 1.0)
     assert dora_norm(W0, LowRank(A, B, 1 / 3))[0] == round_fraction(Fraction(expected), dtype)
+
+
+def test_rows_of_nothing_have_a_norm_of_zero():
+    assert row_norms(np.zeros((2, 0))).tolist() == [0, 0]
+    with pytest.raises(NonFiniteError, match=r"got 0.0 for row 0 of"):
+        dora_norm(np.zeros((2, 0)), LowRank(np.zeros((1, 0)), np.zeros((2, 1)), 1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_wide_norm_is_float64s_own(dtype):
+    """fl(1/3) 3 is 1 in float64; 250 500 is above float16's range."""
+    W0, A, B = np.array([[4.0, 0]], dtype), np.array([[0, 3.0]], dtype), np.array([[1.0]], dtype)
+    for scaling, length in ((1 / 3, 17**0.5), (1.0, 5.0)):
+        norm = wide_norm(W0, LowRank(A, B, scaling))
+        assert norm.dtype == F64
+        assert norm.tolist() == [length]
+    large = np.array([[250.0]], dtype)
+    assert wide_norm(large, LowRank(large, large * 2, 1.0)).tolist() == [250 + 250 * 500]
+    assert widened(large).dtype == F64
+    assert widened(large).tolist() == [[250]]
+
+
+def test_a_layer_without_outputs_has_exact_gradients_of_nothing():
+    p = by_hand(object)
+    p = replace(p, W0=p.W0[:0], B=p.B[:0], bias=p.bias[:0], magnitude=p.magnitude[:0], dy=p.dy[:0])
+    assert dora_norm(*p.weight).dtype == object
+    assert p.backward().dmagnitude.dtype == object
+
+
+@pytest.mark.parametrize("scaling", [1.0, 0.0])
+def test_a_weight_that_overflows_is_refused_without_a_warning(scaling):
+    """inf, and inf * 0."""
+    large = np.array([[1e200]])
+    with pytest.raises(NonFiniteError, match=r"got (nan|inf) for row 0 of"):
+        dora_norm(np.ones((1, 1)), LowRank(large, large, scaling))
 
 
 def test_the_norm_of_fractions_is_exact_or_refused():

@@ -21,6 +21,7 @@ from loracle.reference import (
     LowRank,
     Precision,
     ShapeError,
+    dora_bounds,
     gamma,
     linear_forward_bound,
     unit_roundoff,
@@ -29,6 +30,7 @@ from loracle.reference.dora import DoraGradients, dora_norm
 from loracle.reference.dora_bounds import dora_backward_bound, dora_forward_bound, dora_norm_bound
 from loracle.reference.formats import FORMATS
 from loracle.reference.operands import product
+from loracle.reference.precision import ROUND_UP
 
 DTYPES = [form.dtype for form in FORMATS]
 F16, BF16, F32, F64 = DTYPES
@@ -291,6 +293,99 @@ def test_the_factors_error_is_the_norms(dtype):
         added = bound[i, i] - direct[i, i]
         least = 2 * (g * q[i] + g * u)
         assert least < added < least + 2 * less * grown(12, 12, dtype, dtype) + 20 * 2 * u + 1e-3 * least
+
+
+@pytest.fixture
+def norm_errors(monkeypatch):
+    """Make the norms' errors 1/2 in float64, and what the test says in float32."""
+    errors = {F64: 0.5}
+    monkeypatch.setattr(
+        dora_bounds,
+        "_norm_error",
+        lambda W0, adapter, precision: np.full(len(W0), errors[np.dtype(precision.dtype)]),
+    )
+    return errors
+
+
+def sizes_of(magnitude, scaling=1.0, dtype=F32):
+    """Of the layer with W0 = 2 I, B = 0."""
+    n = len(magnitude)
+    adapter = LowRank(np.zeros((1, n), F32), np.zeros((n, 1), F32), scaling)
+    return dora_bounds._sizes(np.eye(n, dtype=F32) * F32.type(2), adapter, np.array(magnitude, dtype), F32)
+
+
+def test_the_factors_sizes_are_those_derived(norm_errors):
+    """A norm of 2 +- 1/2 is from 3/2 to 5/2; its error E is 1/4."""
+    norm_errors[F32] = 0.25
+    m = [2.0, -3.0, 1.5, 6.0]
+    sizes = sizes_of(m, 0.5)
+    unit = 2.0**-126 * (1 + 3.0)  # the weight of g = 6 / 2
+    assert sizes.unit == sizes.reciprocal.unit == unit
+    assert sizes.reciprocal.precision == sizes.precision == Precision(F32)
+    assert sizes.reciprocal.size.tolist() == [1 / 1.5] * 4
+    assert sizes.reciprocal.lost.tolist() == [0.25 / 1.25 / 1.5 * ROUND_UP] * 4
+    g = sizes.g
+    assert g.size.tolist() == [abs(v) * (1 / 1.5) for v in m]
+    assert g.stores == 1
+    lost = [unit * (1 / 1.5 + sizes.reciprocal.lost[0]) + abs(v) * sizes.reciprocal.lost[0] + unit for v in m]
+    assert np.allclose(g.lost, lost, rtol=1e-15, atol=0)
+    # |m / n - 1| is largest at n = 3/2 or, for m = 1.5, at 5/2
+    away = np.array([2 / 1.5 - 1, 3, 1 - 1.5 / 2.5, 3])
+    away[1] = 3 / 1.5 + 1
+    assert sizes.less.size.tolist() == (away + 2.0**-50 * g.size).tolist()
+    assert sizes.less.lost.tolist() == g.bound(0).tolist()
+    assert (sizes.less.stores, sizes.less.terms, sizes.less.products) == (1, g.terms, g.products)
+    assert sizes.less.unit == unit
+    assert (sizes.adapter.A.unit, sizes.adapter.A.size.shape) == (unit, (1, 4))
+
+
+@pytest.mark.parametrize(
+    ("magnitude", "scaling", "weight"),
+    [
+        (2.0, 2.0**-10, 2.0**10),
+        (2.0**5, 2.0**-10, 2.0**10),
+        (2.0**11, 2.0**-3, 2.0**10),
+        (2.0**-9, 2.0**3, 2.0**10),
+        (2.0**6, 2.0**5, 2.0**10),
+        (2.0**-4, 2.0**-5, 2.0**10),
+    ],
+)
+def test_an_underflow_weighs_as_the_largest_factor(norm_errors, magnitude, scaling, weight):
+    """The scaling, g and their product, or what they divide by: the norm is 2."""
+    norm_errors[F32] = 0.25
+    assert sizes_of([magnitude], scaling).unit == 2.0**-126 * (1 + weight)
+
+
+def test_the_factors_of_a_narrow_magnitude_are_not_rounded_to_its_dtype(norm_errors):
+    norm_errors[F32] = 0.25
+    m = float(BF16.type(100.5))
+    assert sizes_of([m], 1 / 3, BF16).unit == 2.0**-126 * (1 + m / 2)
+    assert sizes_of([m], 5 / 3, BF16).unit == 2.0**-126 * (1 + 5 / 3 * m / 2)
+
+
+def test_a_norm_has_to_be_known_to_half_of_its_least(norm_errors):
+    """That is 3/4."""
+    for accepted in (0.25, 0.7, 0.75):
+        norm_errors[F32] = accepted
+        assert sizes_of([1.0]).g.size.tolist() == [1 / 1.5]
+    for refused in (np.nextafter(0.75, 1), 1.0, 1.5, np.nan):
+        norm_errors[F32] = refused
+        with pytest.raises(ConfigError, match=r"^precision: expected .* for row 0 of norm 2; name"):
+            sizes_of([1.0])
+
+
+def test_the_underflows_of_a_norm_are_those_derived():
+    """Of a weight of zeros: sqrt(2 in eta) in float32; in float16 one underflow besides each entry's."""
+
+    def bound(inputs, dtype):
+        adapter = LowRank(np.zeros((1, inputs), dtype), np.zeros((1, 1), dtype), 1.0)
+        return dora_norm_bound(np.zeros((1, inputs), dtype), adapter, dtype)[0]
+
+    for inputs in (1, 16, 400):
+        expected = (1 + grown(inputs + 6, 2, F32, F32)) * (2 * inputs * 2.0**-126) ** 0.5
+        assert abs(bound(inputs, F32) / expected - 1) < 2.0**-28
+    unit = 2.0**-24 * 2
+    assert abs((2 * bound(1, F16) - bound(4, F16)) / unit - 1) < 2.0**-10
 
 
 def test_a_bias_that_is_subtracted_again_is_allowed_for():

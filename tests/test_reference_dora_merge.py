@@ -1,3 +1,5 @@
+import math
+import os
 import re
 import threading
 import tracemalloc
@@ -6,7 +8,7 @@ from fractions import Fraction
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from loracle.reference import (
@@ -20,13 +22,15 @@ from loracle.reference import (
     merge,
     round_fraction,
 )
-from loracle.reference.dora_entries import exact_square, round_root
+from loracle.reference.dora_entries import exact_merged, exact_square, round_root
 from loracle.reference.dora_merge import merge_dora, merge_dora_exact
 from loracle.reference.formats import FORMATS, float_format
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16, F32, F64 = (np.dtype(name) for name in ("f2", "f4", "f8"))
 DTYPES = [form.dtype for form in FORMATS]
+# Whether mutants are tested, of which one wrong entry is enough to be seen.
+BRIEF = os.environ.get("LORACLE_TEST_PROFILE") == "mutation"
 BY_DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
@@ -97,11 +101,259 @@ def row(w, m, dtype, update=None, scaling=1.0):
     return merge_dora(w, update, np.ones((1, 1)), scaling, np.array([m]), dtype=dtype)[0]
 
 
+def band_merger(W0, A, B, magnitude, dtype=F64):
+    W0, A, B, magnitude = (np.array(tensor, float) for tensor in (W0, A, B, magnitude))
+    return dora_block.BandMerger(W0, A, B, 1.0, magnitude, np.empty(W0.shape, dtype))
+
+
+def row_merger(rows, norm, dtype=F64, magnitude=1.0):
+    """Of rows without an update."""
+    W0 = np.array(rows, float)
+    r1 = np.zeros((1, W0.shape[1])), np.zeros((len(W0), 1))
+    return dora_entries.RowMerger(
+        W0, *r1, 1.0, np.full(len(W0), magnitude), np.array(norm, float), float_format(dtype)
+    )
+
+
+def exact_places(monkeypatch, merger):
+    """Return a list to which the places are added that are not settled in double-double."""
+    found, original = [], merger._exact
+    monkeypatch.setattr(
+        merger, "_exact", lambda row, column: found.append((row, column)) or original(row, column)
+    )
+    return found
+
+
+@pytest.mark.parametrize(
+    ("block", "depth", "panels"), [(8, 3, 1), (5, 3, 2), (4, 2, 2), (2, 1, 4), (1, 0, 8)]
+)
+def test_a_bands_error_is_the_one_derived(monkeypatch, block, depth, panels):
+    """Norm 4; r is 3, max|A| is 3 or 1/2, ||B'||_1 is 5, and 0 in a row of nothing but underflow."""
+    monkeypatch.setattr(dora_block, "_BLOCK_COLUMNS", block)
+    W0 = np.array([[2.0, 2, 2, 2, 0, 0, 0, 0]] * 2)
+    B = np.array([[1.0, -2, 2], [0, 0, 0]])
+    for peak in (3.0, 0.5):
+        A = np.zeros((3, 8))
+        merger = band_merger(W0, A, B, [1, 1])
+        A[0, 0], A[1, 0], A[1, 5] = 2 * peak, peak, peak / 4
+        merger._A = A  # cancels in the first column of the first row
+        A[0, 0], A[1, 0] = -peak, -peak / 2
+        norm, constant, doubt = merger._norms(W0, B)
+        assert norm[1] == 4
+        u, eta = 2.0**-53, 2.0**-1074
+        assert constant.tolist() == [2 * 7 * u * 5 * peak, 6 * eta * (peak + 1)]
+        steps = (7 + depth + panels) * u
+        assert doubt.tolist() == [steps + constant[0] * 8**0.5 / norm[0], steps]
+
+
+def test_the_error_of_a_rescaled_row_is_the_one_derived():
+    """E = |q~| (2 d + 8 u) + 2 |f| c + 2^-1000"""
+    relative, constant = dora_block._error_terms(
+        np.array([-3.0, 0]), np.array([2.0**-990, 1]), np.array([2.0**-20, np.inf])
+    )
+    assert relative.tolist() == [2.0**-19 + 2.0**-50, np.inf]
+    assert constant.tolist() == [6 * 2.0**-990 + 2.0**-1000, 2.0**-1000]
+
+
+def test_a_row_whose_norm_is_known_to_an_eighth_is_settled_in_float64(monkeypatch):
+    settled, original = [], dora_entries.RowMerger.entries
+    monkeypatch.setattr(
+        dora_entries.RowMerger, "entries", lambda own, i, j: settled.append(len(i)) or original(own, i, j)
+    )
+    assert dora_block._LARGEST_DOUBT == 1 / 8
+    W0 = [[3.0, 4.0]]
+    merger = band_merger(W0, np.zeros((1, 2)), [[0.0]], [1.1], F16)
+    _, _, doubt = merger._norms(np.array(W0), np.zeros((1, 1)))
+    for limit, expected in ((doubt[0], 0), (np.nextafter(doubt[0], 0), 2)):
+        monkeypatch.setattr(dora_block, "_LARGEST_DOUBT", limit)
+        settled.clear()
+        assert merger.merge((slice(0, 1), slice(0, 2))) is None
+        assert sum(settled) == expected
+
+
+def test_a_row_without_a_norm_is_reported_at_its_first_column():
+    merger = band_merger([[1, 1], [0, 0], [0, 0]], np.zeros((1, 2)), np.zeros((3, 1)), [1, 1, 1])
+    assert merger.merge((slice(0, 3), slice(0, 2))) == (1, 0)
+
+
+@pytest.mark.parametrize("serial", [1, 11, 12, 23, 24])
+def test_products_are_as_small_as_they_are_said_to_be(monkeypatch, serial):
+    monkeypatch.setattr(dora_block, "_SERIAL_PRODUCT", serial)
+    taken, matmul = [], np.matmul
+    monkeypatch.setattr(np, "matmul", lambda a, b, out: taken.append(len(a)) or matmul(a, b, out=out))
+    rng = np.random.default_rng(0)
+    W0, scaled, A = (rng.integers(-3, 4, shape).astype(float) for shape in ((5, 3), (5, 2), (2, 3)))
+    assert np.array_equal(dora_block._evaluate(W0, scaled, A), W0 + scaled @ A)
+    assert max(taken) == max(1, serial // 6)
+    assert sum(taken) == 5
+
+
+@pytest.mark.parametrize(("products", "width"), [(100, 5), (10, 5), (9, 5), (8, 4), (5, 3), (3, 2), (1, 1)])
+def test_rows_and_places_are_taken_as_many_at_once_as_is_said(monkeypatch, products, width):
+    """Also that each norm is computed once."""
+    monkeypatch.setattr(dora_entries, "_PRODUCTS_AT_ONCE", products)
+    rng = np.random.default_rng(1)
+    W0, A, B = rng.normal(0, 1, (6, 5)), rng.normal(0, 1, (2, 5)), rng.normal(0, 1, (6, 2))
+    m, norm = np.ones(6), np.linalg.norm(W0 + B @ A, axis=1)
+    merger = dora_entries.RowMerger(W0, A, B, 1.0, m, norm, float_format(BF16))
+    chunks, places, norms_of, entries = [], [], merger._norms_of, merger._entries
+    monkeypatch.setattr(merger, "_norms_of", lambda rows: chunks.append(len(rows)) or norms_of(rows))
+    monkeypatch.setattr(merger, "_entries", lambda i, j: places.append(len(i)) or entries(i, j))
+    i, j = (index.ravel() for index in np.indices((6, 5)))
+    exact = merge_dora_exact(W0, A, B, 1.0, m, BF16)
+    for _ in range(2):
+        assert_same_bits(merger.entries(i, j).reshape(6, 5), exact)
+    assert merger._width() == width
+    together = min(6, math.ceil(products / (2 * width)))
+    assert chunks == [together] * (6 // together) + [6 % together] * (6 % together > 0)
+    step = min(30, math.ceil(products / 2))
+    assert places == 2 * ([step] * (30 // step) + [30 % step] * (30 % step > 0))
+    assert merger.entries(i[:0], j[:0]).dtype == BF16
+
+
+@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 8, 9])
+@pytest.mark.parametrize("width", [1, 2, 3, 4, 5, 100])
+def test_the_error_of_a_norm_is_the_one_derived(monkeypatch, columns, width):
+    """T = 10 u^2 + 4 u^2 (L + 4)^2 + sum d / th, where each d is 2^-60 or 2^-59, and the norms 4 and 8."""
+    monkeypatch.setattr(dora_entries, "_PRODUCTS_AT_ONCE", width)
+    merger = row_merger(np.zeros((2, columns)), [4, 8])
+
+    def merged(rows, places):
+        return (
+            (places == 0) * np.array([4.0, 8.0])[rows],
+            np.zeros(len(rows)),
+            np.array([1.0, 2.0])[rows] * 2.0**-60,
+        )
+
+    monkeypatch.setattr(merger, "_merged", merged)
+    high, low, relative = merger._norms_of(np.arange(2))
+    assert high.tolist() == [4, 8]
+    assert low.tolist() == [0, 0]
+    width = min(width, columns)
+    steps = math.ceil(math.log2(width)) + math.ceil(columns / width)
+    own = (10 + 4 * (steps + 4) ** 2) * 2.0**-106
+    assert relative.dtype == F64
+    assert relative.tolist() == [own + columns * 2.0**-62 * (1 + columns * 2.0**-50)] * 2
+
+
+def test_a_norm_is_the_root_of_what_is_not_negligible():
+    """The entry 2^-200 of the norm, or less, is seen in the root's low part if at all."""
+    ends = np.array([2.0**-200, np.nextafter(2.0**-200, 0), 2.0**-500])
+    for size in (1.0, 1024.0, 2.0**-10):
+        high, low, relative = row_merger([[size, end * size] for end in ends], [size] * 3)._norms_of(
+            np.arange(3)
+        )
+        assert high.tolist() == [size] * 3
+        assert low.tolist() == [size * 2.0**-401, 0, 0]
+        assert np.isfinite(relative).all()
+
+
+def test_a_norm_that_has_cancelled_is_not_trusted():
+    _, _, relative = row_merger([[1.0], [1.0]], [2.0**100, 2.0**101])._norms_of(np.arange(2))
+    assert np.isfinite(relative).tolist() == [True, False]
+    assert relative.dtype == F64
+
+
+@pytest.mark.parametrize("size", [0.0, 2.0**-700, 2.0**-300, 2.0**600, 2.0**1000])
+def test_norms_that_are_given_need_not_be_right(size):
+    rows = np.array([[3.0, -4.0, 0.0], [1.0, 1.0, 1.0]]) * size
+    merged = row_merger(rows, [1.0, 2.0]).entries(np.array([0, 0, 0, 1]), np.array([0, 1, 2, 0]))
+    expected = np.array([0.6, -0.8, 0, 3**-0.5]) if size else np.zeros(4)
+    assert merged.tolist() == expected.tolist()
+
+
+def test_a_quotient_is_trusted_as_far_as_its_error_is_derived(monkeypatch):
+    """T is at most 2^-60, and m w / ||w|| at least 2^-900."""
+    for relative, expected in ((2.0**-60, []), (np.nextafter(2.0**-60, 1), [(0, 0), (0, 1)])):
+        merger = row_merger([[3, 4]], [5], F16)
+        merger._prepare(np.array([0]))
+        merger._norms[2] = relative
+        found = exact_places(monkeypatch, merger)
+        merged = merger.entries(np.zeros(2, int), np.arange(2))
+        assert merged.tolist() == [F16.type(0.6), F16.type(0.8)]
+        assert found == expected
+    for m, expected in ((2.0**-900, []), (np.nextafter(2.0**-900, 0), [(0, 0)])):
+        merger = row_merger([[1, 0]], [1], F64, m)
+        found = exact_places(monkeypatch, merger)
+        assert merger.entries(np.zeros(2, int), np.arange(2)).tolist() == [m, 0]
+        assert found == expected
+    merger = row_merger([[2.0, 2.0, 2.0, 2.0]], [4], F16, 2.0**12 + 2)  # the interval's ends round apart
+    found = exact_places(monkeypatch, merger)
+    assert float(merger.entries(np.array([0]), np.array([0]))[0]) == 2**11
+    assert found == [(0, 0)]
+
+
+def test_the_error_of_a_quotient_is_the_one_derived():
+    """|q| (64 u^2 + 2 T) + 2 |m| d / th"""
+    q, relative, m = np.array([-3.0, 1.0]), np.array([2.0**-105, 0]), np.array([0.5, -8.0])
+    error = dora_entries._quotient_error(q, relative, m, np.array([0, 2.0**-100]), np.array([1.0, 4.0]))
+    assert error.tolist() == [3 * 68 * 2.0**-106, 2.0**-100 + 2.0**-98]
+    error = dora_entries._quotient_error(q, relative, m, np.full(2, 2.0**-100), np.full(2, 0.25))
+    assert error.tolist() == [204 * 2.0**-106 + 2.0**-98, 2.0**-100 + 2.0**-94]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_ends_of_an_interval_are_taken_one_step_outwards(sign):
+    """The end on the side of the number itself is a tie, which goes to even: that alone decides nothing."""
+
+    def decided(high, low, error):
+        low = np.array([sign * low])
+        result, sure = dora_entries._round_between(
+            np.array([sign * high]), low, np.array([error]), float_format(F64)
+        )
+        assert result.dtype == F64
+        return sure.item()
+
+    tie, error = 2.0**-53, 2.0**-70
+    odd = 1 + 2.0**-52
+    assert not decided(1.0, tie - error, error)
+    assert not decided(odd, tie + error, error)
+    assert not decided(odd, -tie + error, error)
+    assert decided(1.0, tie - 3 * error, error)
+    assert decided(odd, -tie + 3 * error, error)
+    assert not decided(1.0, 0.0, 1.0)
+    for bad in (
+        (np.inf, 0.0, 0.0),
+        (1.0, np.inf, 0.0),
+        (1.0, 0.0, np.inf),
+        (1.0, np.nan, 0.0),
+        (1.0, 0.0, np.nan),
+    ):
+        with np.errstate(invalid="ignore"):
+            assert not decided(*bad)
+
+
+@BY_DTYPE
+@pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
+def test_what_is_not_finite_on_the_way_decides_nothing(dtype, bad):
+    parts = np.array([[bad, 1, 1, bad, 1.5], [0, bad, 0, bad, bad], [0, 0, bad, bad, bad]])
+    with np.errstate(invalid="ignore"):
+        _, decided = dora_entries._round_between(*parts, float_format(dtype))
+    assert not decided.any()
+
+
+def test_the_factors_of_an_entry_are_as_many_on_both_sides():
+    with pytest.raises(ValueError, match="shorter"):
+        exact_merged(0.0, [1.0, 2.0], [1.0], 1.0)
+    assert exact_merged(0.5, [1.0, 2.0], [1.0, 4.0], 0.25) == Fraction(11, 4)
+
+
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+def test_the_definition_rounds_once(dtype):
+    """Just above a tie that is rounded down; in float64 it is that tie."""
+    p = float_format(dtype).precision
+    m = float(2 ** (p + 1) + 2)
+    W0, A, B = np.full((1, 4), 1.0), np.array([[2.0**-90, 0, 0, 0]]), np.ones((1, 1))
+    merged = merge_dora_exact(W0, A, B, 1.0, np.array([m]), dtype)
+    assert merged.dtype == dtype
+    assert merged.astype(float).tolist() == [[2**p + 2, 2**p, 2**p, 2**p]]
+
+
 @BY_DTYPE
 @pytest.mark.parametrize("source", [F32, BF16, F16, F64], ids=str)
 def test_random_entries_are_the_nearest_to_the_rational_ones(dtype, source):
     rng = np.random.default_rng(3)
-    for scaling, shape in ((2.0, (30, 50)), (1 / 3, (12, 60)), (-0.7, (60, 6))):
+    for scaling, shape in ((2.0, (30, 50)), (1 / 3, (12, 60)), (-0.7, (60, 6)))[2 * BRIEF :]:
         W0, A, B = (
             gaussian(rng, shape, 0.02, dtype),
             gaussian(rng, (3, shape[1]), 0.1, source),
@@ -111,7 +363,6 @@ def test_random_entries_are_the_nearest_to_the_rational_ones(dtype, source):
         assert_nearest(merge_dora(W0, A, B, scaling, m), W0, A, B, scaling, m)
 
 
-@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES), st.sampled_from(DTYPES), st.sampled_from([1, 3]))
 def test_any_shape_and_mixture_of_dtypes_is_the_rational_oracle(seed, source, target, threads):
     rng = np.random.default_rng(seed)
@@ -129,7 +380,6 @@ def test_any_shape_and_mixture_of_dtypes_is_the_rational_oracle(seed, source, ta
     assert_nearest(merged, W0, A, B, scaling, m)
 
 
-@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(DTYPES))
 def test_entries_of_all_exponents_are_the_nearest(seed, dtype):
     rng = np.random.default_rng(seed)
@@ -489,14 +739,29 @@ def test_an_out_that_overlaps_the_magnitude_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("shape", "r", "rows"),
+    [((9, 5), 1, 4), ((9, 5), 3, 4), ((9, 5), 10, 3), ((9, 5), 31, 1), ((9, 30), 1, 1), ((2, 1), 9, 3)],
+)
+def test_a_band_is_as_many_rows_as_is_said(monkeypatch, shape, r, rows):
+    """Of 24 entries at most, and of 30 of B, but a row at least."""
+    monkeypatch.setattr(dora_merge, "_BAND_ENTRIES", 24)
+    monkeypatch.setattr(dora_merge, "_ROWS_OF_B_ENTRIES", 30)
+    made, tiles = [], dora_merge.tiles
+    monkeypatch.setattr(dora_merge, "tiles", lambda *given: made.append(given) or tiles(*given))
+    merge_dora(np.ones(shape), np.zeros((r, shape[1])), np.zeros((shape[0], r)), 1.0, np.ones(shape[0]))
+    ((weight, entries, columns),) = made
+    assert (weight, entries // columns, columns) == (shape, rows, shape[1])
+
+
+@pytest.mark.parametrize(
     ("shape", "r", "dtype", "threads"),
     [
-        ((3000, 4000), 2, F32, 8),
+        ((300, 300), 2, F64, 8),
         ((1_000_000, 1), 1, F32, 8),
+        ((3000, 4000), 2, F32, 8),
         ((1, 9_000_000), 1, F32, 2),
         ((16, 1000), 16384, F32, 8),
-        ((300, 300), 2, F64, 8),
-    ],
+    ][: 1 if BRIEF else None],
     ids=str,
 )
 def test_extra_memory_stays_below_64_mib(shape, r, dtype, threads):
@@ -516,8 +781,8 @@ def test_extra_memory_stays_below_64_mib(shape, r, dtype, threads):
 def test_threads_are_gone_afterwards():
     before = threading.active_count()
     merge_dora(
-        np.ones((800, 800), F32),
-        np.ones((1, 800), F32),
+        np.ones((800, 300), F32),
+        np.ones((1, 300), F32),
         np.ones((800, 1), F32),
         1.0,
         np.ones(800, F32),
@@ -545,10 +810,10 @@ def test_almost_everything_of_float64_is_settled_in_double_double(monkeypatch):
     monkeypatch.setattr(dora_entries, "exact_square", None)
     rng = np.random.default_rng(12)
     W0, A, B, m = (
-        gaussian(rng, (40, 90), 0.02, F64),
-        gaussian(rng, (8, 90), 0.01),
-        gaussian(rng, (40, 8), 0.01),
-        gaussian(rng, 40, 1.0),
+        gaussian(rng, (20, 60), 0.02, F64),
+        gaussian(rng, (8, 60), 0.01, F16),
+        gaussian(rng, (20, 8), 0.01),
+        gaussian(rng, 20, 1.0),
     )
     W0[:, 3] *= 2.0**-210  # so small beside the others that their squares are left out of the norm
     A[:, 3] = 0
@@ -561,7 +826,6 @@ def test_almost_everything_of_float64_is_settled_in_double_double(monkeypatch):
     assert_same_bits(merged, merge_dora_exact(W0, A, B, 2.0, m, F64))
 
 
-@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1))
 def test_the_double_double_error_bound_holds_and_is_not_far_above_the_error(seed):
     """What RowMerger computes before it rounds, against the rational norm."""
@@ -600,7 +864,6 @@ def test_the_square_of_a_row_is_exact_in_panels_of_any_width(monkeypatch):
     assert exact_square(w[:0], A[:, :0], b, 0.3) == 0
 
 
-@settings(max_examples=60)
 @given(st.fractions(), st.integers(-300, 300), st.sampled_from(DTYPES), st.booleans())
 def test_the_root_of_a_rational_is_the_nearest_number(root, exponent, dtype, negative):
     for square in (root * root * Fraction(4) ** exponent, abs(root) * Fraction(2) ** exponent):

@@ -247,6 +247,26 @@ def test_small_factors_applied_early_are_within_the_bound():
     assert bound[0, 0] >= 2.0**-13
 
 
+@pytest.mark.parametrize(
+    ("scaling", "embed_scale", "weight"),
+    [(1.0, None, 1), (-0.25, 8.0, 8), (0.25, 0.5, 8), (16.0, 0.125, 16), (4.0, 8.0, 32), (0.5, None, 2)],
+)
+def test_an_underflow_weighs_as_much_as_the_factors_can_make_it(scaling, embed_scale, weight):
+    """Of zeros nothing but underflows, each of 2^-24 (1 + weight), which the later operations multiply."""
+    ids, nothing = np.zeros(1, int), np.zeros((1, 1), F16)
+    own = [LowRank(nothing, nothing, scaling)]
+    one, outer = 2.0**-24 * (1 + weight), 1.0 if embed_scale is None else embed_scale
+    size = abs(scaling)
+    last = 0 if embed_scale is None else one
+    forward = (3 + 2 * size) * outer * one + last
+    dA = (2 * size * outer + outer) * one + last + one
+    dB = (2 * size + 1) * outer * one + last
+    found = embedding_backward_bound(nothing, ids, nothing, own, F16, embed_scale=embed_scale)[0]
+    bounds = embedding_forward_bound(ids, nothing, own, F16, embed_scale=embed_scale), found.dA, found.dB
+    for bound, expected in zip(bounds, (forward, dA, dB), strict=True):
+        assert bound == pytest.approx(expected, rel=2.0**-5)
+
+
 ARGUMENTS = {
     "ids": np.array([[0, 4, 2]]),
     "W0": np.ones((5, 3)),

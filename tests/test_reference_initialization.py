@@ -507,5 +507,7 @@ def test_what_overflows_is_refused():
         NonFiniteError, match=r"^lora_A of W0: expected finite numbers, got -?inf at \[0, 0\]"
     ):
         pissa_start(W0, 1, 1.0, dtype=np.float16)
+    with pytest.raises(NonFiniteError, match=r"^W0: expected singular values of at most 1\.7977e\+308, got"):
+        pissa_start(np.full((2, 2), 1.5e308), 1, 1.0)
     with pytest.raises(NonFiniteError, match=r"^scaling of W0: expected a finite number, got -inf"):
         olora_start(W0, 1, math.inf)

@@ -223,6 +223,7 @@ def test_clipping_worked_out_by_hand(dtype):
         same, norm = clip_by_global_norm(gradients, most)
         assert norm == 13
         assert [c.tolist() for c in same] == [g.tolist() for g in gradients]
+    assert clip_by_global_norm([np.full(4, 512, np.float16)], 1.0)[1] == 1024  # 512^2 is beyond float16
     zero, _ = clip_by_global_norm(gradients, 0.0)
     assert not any(c.any() for c in zero)
 

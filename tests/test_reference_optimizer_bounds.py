@@ -257,6 +257,56 @@ def test_a_denominator_that_may_vanish_has_no_bound():
     assert np.isinf(bound).tolist() == [True, False]
 
 
+def around_the_border(has_bound, low, high):
+    """Return the numbers next to the least one that has a bound, which lies between the two."""
+    while (middle := (low + high) / 2) not in (low, high):
+        low, high = (low, middle) if has_bound(middle) else (middle, high)
+    return high + np.spacing(high) * np.arange(-8, 9)
+
+
+@pytest.mark.parametrize("dtype", [F16, F32], ids=str)
+def test_a_denominator_that_may_just_vanish_has_no_bound_whatever_the_rate(dtype):
+    """Some eps is the error of the denominator exactly, and a rate of 0 times infinity is no number."""
+    zero = np.zeros(1)
+
+    def bound(eps):
+        options = AdamWOptions(0.0, (0.0, 0.0), eps)
+        return adamw_step_bound(zero, zero, adamw_start(zero), options, dtype).parameter[0]
+
+    found = [bound(eps) for eps in around_the_border(lambda eps: bound(eps) < math.inf, 0.0, 1.0)]
+    assert found[0] == math.inf > found[-1]
+    assert not np.isnan(found).any()
+
+
+def test_clipping_of_gradients_whose_norm_may_just_vanish_has_no_bound():
+    """Some norm plus 1e-6 is its own error exactly, beside 11 zeros or another number of them."""
+
+    def bound(size, zeros):
+        clipped, _ = clip_bound([np.full(1, size), np.zeros(zeros)], 1.0, F16)
+        return clipped[0][0]
+
+    for zeros in range(24):
+        border = around_the_border(lambda size, n=zeros: bound(size, n) < math.inf, 0.0, 1.0)
+        found = [bound(size, zeros) for size in border]
+        assert found[0] == math.inf > found[-1]
+        assert not np.isnan(found).any()
+
+
+def test_clipping_of_nothing():
+    """The norm is zero; the root may underflow."""
+    clipped, norm = clip_bound([], 1.0, F32)
+    assert clipped == ()
+    smallest = float_format(F32).smallest_normal
+    assert smallest < norm < smallest * (1 + 2.0**-16)
+
+
+def test_rounded_multiplicands_are_for_products_of_matrices():
+    gradients = [np.ones(3, F32)]
+    (clipped,), norm = clip_bound(gradients, 0.5, F32)
+    (found,), rounded = clip_bound(gradients, 0.5, Precision(F32, multiplicands="tf32"))
+    assert (found.tolist(), rounded) == (clipped.tolist(), norm)
+
+
 def test_betas_that_float64_cannot_tell_from_one_have_no_bound():
     g = np.ones(1)
     beta = 1 - 2.0**-52
@@ -266,6 +316,8 @@ def test_betas_that_float64_cannot_tell_from_one_have_no_bound():
         refused(lambda o=options: adamw_step_bound(g, g, adamw_start(g), o, F64), ConfigError, message)
         adamw_step_bound(g, g, AdamWState(16, g, g), options, F64)
     adamw_step_bound(g, g, adamw_start(g), AdamWOptions(0.1, (1 - 2.0**-48, 0.5)), F64)
+    with pytest.raises(ConfigError, match=r"^betas: expected 1 - beta\^t of at least 2\^-48, got beta 0\.99"):
+        adamw_step_bound(g, g, adamw_start(g), AdamWOptions(0.1, (1 - 2.0**-49, 0.5)), F64)
 
 
 def clip_problem(rng, dtype, size=1.0):

@@ -144,6 +144,7 @@ def test_no_integer_is_rounded_and_none_wraps_around():
     assert rank([[big, 0.5], [2 * big + 2, 1.0]]) == 2
     assert rank([[big + 1, 0.5], [2 * big + 2, 1.0]]) == 1
     assert rank(np.array([[2**62, 2**62 - 1], [2**62 - 1, 2**62 - 2]])) == 2
+    assert rank([[2**40, 0], [0, 2**40]]) == 2
     entries = [[np.int64(2**62), np.int64(2**61)], [np.int64(2**61), np.int64(2**60)]]
     C, R = rank_factorization(entries)
     assert C.tolist() == [[2**62], [2**61]]

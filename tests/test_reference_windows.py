@@ -120,6 +120,15 @@ def test_the_windows_see_what_numpy_pads(layout, channels):
         assert all(t[-1] - t[0] + 1 == a.span for t, a in zip(taps, axes, strict=True))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8", "O"])
+def test_the_dtype_is_kept(dtype):
+    x = np.array([[[1, 2, 3]]], dtype)
+    windows = windows_on((1, 3), (2,), Convolution(padding=1))
+    gathered = windows.gather(x)
+    assert gathered.dtype == windows.scatter(gathered).dtype == x.dtype
+    assert windows.scatter(gathered).tolist() == [[[2, 4, 6]]]
+
+
 def test_a_number_that_no_window_sees_gets_nothing():
     windows = windows_on((1, 3), (1,), Convolution(stride=2))
     assert windows.scatter(np.array([[[5], [7]]])).tolist() == [[[5, 0, 7]]]
