@@ -88,9 +88,9 @@ def dora_forward_bound(
         `linear_forward_bound`.
 
     Raises:
-        ShapeError, DTypeError: a tensor does not fit; ConfigError: there is no bound, because there are so
-        many
-            terms in so few bits, or because the error of a norm may be more than half of it.
+        ShapeError, DTypeError: a tensor does not fit.
+        ConfigError: there is no bound, because there are so many terms in so few bits, or because the error
+            of a norm may be more than half of it.
     """
     W0 = W0.T if fan_in_fan_out else W0
     check_dora(x, W0, adapter, bias=bias, magnitude=magnitude)

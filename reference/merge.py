@@ -134,8 +134,7 @@ def _write_range(
     if factors.is_zero:
         work = tiles(shape, _TILE_ENTRIES, _TILE_ENTRIES)
         return first_position(work, threads, lambda: partial(_write_rounded, W0, out))
-    columns = min(_MAX_PANEL_COLUMNS, max(_PANEL_ENTRIES // factors.r // 16, 1) * 16)
-    work = tiles(shape, min(_TILE_ENTRIES, columns * max(1, _ROWS_OF_B_ENTRIES // factors.r)), columns)
+    work = merge_tiles(shape, factors.r)
     mergers: list[BlockMerger] = []
 
     def make_worker() -> Callable[[Tile], None]:
@@ -145,6 +144,13 @@ def _write_range(
     first_position(work, threads, make_worker)
     found = [merger.finish() for merger in mergers]
     return min((position for position in found if position is not None), default=None)
+
+
+def merge_tiles(shape: tuple[int, int], r: int) -> list[Tile]:
+    """Cut a weight so that a tile's columns of A, and its rows of B, are of bounded size for any rank r."""
+    columns = min(_MAX_PANEL_COLUMNS, max(_PANEL_ENTRIES // (16 * r), 1) * 16)
+    rows = max(1, min(_TILE_ENTRIES // columns, _ROWS_OF_B_ENTRIES // r))
+    return tiles(shape, columns * rows, columns)
 
 
 def _write_rounded(W0: Array, out: Array, tile: Tile) -> Position | None:

@@ -3,6 +3,7 @@
 For a linear layer, in either storage, and a fused projection see `merge_adapters`; for DoRA, `merge_dora`.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -53,9 +54,8 @@ def merge_convolution(
 
     Args:
         W0: (out, in / groups, *kernel), contiguous or not (then a copy of it is made).
-        adapters: with A (r, in / groups, *kernel) and B (out, r) or (out, r, 1, ...); the product is reshaped
-        to
-            W0's shape. Stride, padding and dilation play no part in a merge.
+        adapters: with A (r, in / groups, *kernel) and B (out, r) or (out, r, 1, ...); the product is
+            reshaped to W0's shape. Stride, padding and dilation play no part in a merge.
         out: C-contiguous, of W0's shape.
 
     The other arguments, and what is guaranteed and refused, as for `merge_adapters`.
@@ -70,7 +70,7 @@ def merge_convolution(
             f"out of {name}: expected C-contiguous {W0.shape}, got {out.shape} with strides {out.strides}; "
             "allocate it with numpy.empty"
         )
-    matrix = W0.reshape(len(W0), -1)
+    matrix = W0.reshape(len(W0), math.prod(W0.shape[1:]))
     own = None if out is None else out.reshape(matrix.shape)
     merged = merge_adapters(matrix, matrices, dtype=dtype, out=own, threads=threads, name=name)
     return merged.reshape(W0.shape) if out is None else out
@@ -144,8 +144,7 @@ def merge_bias(
         if adapter.bias.ndim != 1:
             what = f"bias of lora_B{adapter_suffix(number, adapters)}"
             raise ShapeError(f"{what}: expected (out,), got shape {adapter.bias.shape}; pass it as a vector")
-        one = np.ones((1, 1), adapter.bias.dtype)
-        columns.append(LowRank(one, adapter.bias[:, None], adapter.scaling, rows=adapter.rows))
+        columns.append(LowRank(np.ones((1, 1)), adapter.bias[:, None], adapter.scaling, rows=adapter.rows))
     return merge_adapters(bias[:, None], columns, dtype=dtype, threads=1, name=name)[:, 0]
 
 

@@ -18,6 +18,7 @@ from loracle.reference import (
     round_fraction,
 )
 from loracle.reference.formats import BFLOAT16, FORMATS, float_format
+from loracle.reference.merge import merge_tiles
 
 F16, F32, F64 = (np.dtype(name) for name in ("f2", "f4", "f8"))
 DTYPES = [form.dtype for form in FORMATS]
@@ -157,3 +158,27 @@ def test_what_does_not_fit_is_named_with_the_number_of_its_adapter():
         merge_adapters(W0, [good, LowRank(A, B * np.nan, 1.0)])
     with pytest.raises(ShapeError, match=r"^lora_A of W0: expected \(r, 3\) .*to fit W0 \(4, 3\)"):
         merge_adapters(W0, [good], fan_in_fan_out=True)
+
+
+@pytest.mark.parametrize(
+    ("r", "rows", "columns"),
+    [
+        (1, 64, 4096),  # 2^18 entries of rows as wide as a panel may be
+        (64, 64, 4096),  # 2^18 entries of A
+        (65, 65, 4032),  # and not more, in steps of 16 columns
+        (512, 256, 512),  # 2^17 entries of B
+        (1000, 131, 256),
+        (5000, 26, 48),
+        (20000, 6, 16),
+        (200000, 1, 16),
+    ],
+)
+def test_tiles_are_cut_for_the_rank(r, rows, columns):
+    work = merge_tiles((300, 10000), r)
+    first_rows, first_columns = work[0]
+    assert first_columns == slice(0, columns)
+    assert first_rows == slice(0, min(rows, 300))
+    covered = np.zeros((300, 10000), int)
+    for tile in work:
+        covered[tile] += 1
+    assert (covered == 1).all()

@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loracle.reference import LowRank, merge, merge_exact, merge_interval
+from loracle.reference import LowRank, NonFiniteError, merge, merge_exact, merge_interval
 from loracle.reference import merge_block as module
 from loracle.reference.factors import row_ranges
 from loracle.reference.formats import float_format
@@ -179,3 +179,87 @@ def test_an_unread_weights_largest_magnitude_is_its_tiles(log):
     assert merger.finish() is None
     assert [kind for kind, _ in log if kind.startswith("all")] == ["all float64", "all float32"]
     assert np.array_equal(out, merge_exact(W0, A, B, 1.0, BF16))
+
+
+def near_ties(dtype, distance, r):
+    """Sums that lie ``distance`` beside a midpoint of the dtype, above or below, on either side of zero."""
+    p, rng = float_format(dtype).precision, np.random.default_rng(6)
+    sign = rng.choice([-1.0, 1.0], (40, 1))
+    W0 = ((1 + rng.integers(0, 2 ** (p - 1), (40, 30)) * 2.0 ** (1 - p)) * sign).astype(dtype)
+    A = np.zeros((r, 30))
+    A[0], A[-1] = 2.0**-p, rng.choice([-distance, distance], 30)
+    return W0, A, np.repeat(sign, r, axis=1)
+
+
+@pytest.mark.parametrize("float32", [True, False])
+@pytest.mark.parametrize("dtype", [F16, BF16, F32], ids=str)
+@pytest.mark.parametrize("bits", [20, 23, 24, 25, 26, 30, 50, 52, 53, 54, 60])
+def test_sums_beside_a_midpoint_are_right_whatever_is_worked_in(monkeypatch, bits, dtype, float32):
+    """In float64 as well, from where a 16-bit target is reached through float32."""
+    monkeypatch.setattr(module, "_FLOAT32_TERMS", 1 << 10 if float32 else 0)
+    monkeypatch.setattr(module, "_FLOAT32_SHARE", 1.0)
+    W0, A, B = near_ties(dtype, 2.0**-bits, 2)
+    assert np.array_equal(merge(W0, A, B, 1.0), merge_exact(W0, A, B, 1.0, dtype))
+
+
+def test_numbers_near_the_largest_are_looked_at_twice(log):
+    """Ends that overflow alike would agree; and what is uncertain stays so beside an overflow."""
+    for dtype in (F16, BF16, F32):
+        form = float_format(dtype)
+        half = 2.0 ** (form.max_exponent - form.precision)
+        W0 = np.array([[form.largest, 1.0, form.largest / 4]], dtype)
+        A = np.array([[half * 0.999, 2.0**-form.precision, 1.0]])
+        merged = merge(W0, A, np.ones((1, 1)), 1.0)
+        assert np.array_equal(merged, merge_exact(W0, A, np.ones((1, 1)), 1.0, dtype))
+        with pytest.raises(NonFiniteError, match=r"overflow at \[0, 0\]"):
+            merge(W0, A * 4, np.ones((1, 1)), 1.0)
+
+
+def test_a_panel_and_what_evaluates_it_are_made_once_for_all_its_tiles(monkeypatch):
+    made, loaded = [], []
+    plain, panel = module.IntervalEvaluator, module.Factors.panel
+    monkeypatch.setattr(module, "IntervalEvaluator", lambda *a: made.append(a[1]) or plain(*a))
+    monkeypatch.setattr(
+        module.Factors, "panel", lambda self, columns: loaded.append(columns) or panel(self, columns)
+    )
+    W0, A, B = model_like(F32)
+    (factors,) = row_ranges(64, [LowRank(A, B, 2.0)])
+    merger = BlockMerger(factors, W0, 1.0, np.empty_like(W0), float_format(F32))
+    for rows in (slice(0, 20), slice(20, 40), slice(40, 64)):
+        merger.merge((rows, slice(0, 96)))
+    assert made == [F64]
+    assert loaded == [slice(0, 96)]
+    merger.merge((slice(0, 20), slice(0, 40)))
+    assert made == [F64, F64]
+    assert loaded == [slice(0, 96), slice(0, 40)]
+
+
+@pytest.mark.parametrize(("share", "expected"), [(1.0, "all float32"), (0.0, "all float64")])
+def test_a_tile_is_evaluated_in_float32_while_its_share_of_uncertain_entries_is_small(
+    log, monkeypatch, share, expected
+):
+    """Every entry of the first tile is a tie: all of them are uncertain."""
+    monkeypatch.setattr(module, "_FLOAT32_SHARE", share)
+    W0, A, B = near_ties(BF16, 0.0, 1)
+    A[0] = 2.0**-8
+    (factors,) = row_ranges(40, [LowRank(A, B, 1.0)])
+    merger = BlockMerger(factors, W0, 2.0, np.empty_like(W0), float_format(BF16))
+    for rows in (slice(0, 20), slice(20, 40)):
+        merger.merge((rows, slice(0, 30)))
+    assert [kind for kind, _ in log if kind.startswith("all")] == ["all float32", expected]
+
+
+def test_float32_is_used_up_to_its_share_and_below_its_size(log, monkeypatch):
+    W0, A, B = near_ties(BF16, 0.0, 1)
+    A[0, :15], A[0, 15:] = 2.0**-8, 0.0
+    monkeypatch.setattr(module, "_FLOAT32_SHARE", 0.5)
+    (factors,) = row_ranges(40, [LowRank(A, B, 1.0)])
+    merger = BlockMerger(factors, W0, 2.0, np.empty_like(W0), float_format(BF16))
+    for rows in (slice(0, 20), slice(20, 40)):
+        merger.merge((rows, slice(0, 30)))
+    assert [kind for kind, _ in log if kind.startswith("all")] == ["all float32"] * 2
+    log.clear()
+    monkeypatch.setattr(module, "_FLOAT32_SIZE", 2.0)
+    merger = BlockMerger(factors, W0, 2.0, np.empty_like(W0), float_format(BF16))
+    merger.merge((slice(0, 20), slice(0, 30)))
+    assert next(iter(counts(log))) == "all float64"

@@ -223,3 +223,23 @@ def test_products_are_small_enough_for_one_thread(monkeypatch, work, target):
 
 def test_every_target_but_float64_has_an_evaluation():
     assert {target for _, target in PAIRS} | {F64} == {form.dtype for form in FORMATS}
+
+
+def test_an_entry_of_zero_or_near_it_is_proven_by_the_absolute_error_alone():
+    """value is 0 or tiny: the ends are -e and e, which differ, or lie together far from a midpoint."""
+    form = float_format(BF16)
+    error = EvaluationError(2.0**-51, np.full(3, 2.0**-30))
+    w, b, a = np.zeros(3), np.array([[0.0], [2.0**-31], [1.25]]), np.ones((3, 1))
+    entries, proven = prove_entries(w, b, a, error, form)
+    assert proven.tolist() == [False, False, True]
+    assert float(entries[2]) == 1.25
+    assert float(entries[0]) == -(2.0**-30)
+    none = EvaluationError(2.0**-51, np.zeros(3))
+    assert prove_entries(w, b, a, none, form)[1].tolist() == [True, True, True]
+
+
+def test_the_relative_error_grows_with_the_value():
+    form = float_format(BF16)
+    error = EvaluationError(2.0**-12, np.zeros(2))
+    b = np.array([[2.0**10 * (1 + 2.0**-8 + 2.0**-11)], [2.0**-10 * (1 + 2.0**-8 + 2.0**-13)]])
+    assert prove_entries(np.zeros(2), b, np.ones((2, 1)), error, form)[1].tolist() == [True, False]

@@ -95,7 +95,7 @@ def run_mutants(folder: Path, names: Sequence[str], own_tests_only: bool) -> lis
         )
     if done.returncode:
         print("\n".join(log.read_text().replace("\r", "\n").splitlines()[-20:]), file=sys.stderr)
-        raise SystemExit(f"mutmut: the tests have to pass before code is mutated; see {log}")
+        raise SystemExit(f"mutmut: expected the tests to pass and 0, got {done.returncode}; see {log}")
     lines = _mutmut(folder, "results", "--all", "true").splitlines()
     return [Result(*line.strip().rsplit(": ", 1)) for line in lines if ": " in line]
 
