@@ -18,6 +18,7 @@ from torch_fixtures import same_bits
 from loracle.reference import (
     DTypeError,
     LinearGradients,
+    Precision,
     ShapeError,
     TargetError,
     linear_backward,
@@ -138,12 +139,12 @@ def test_everything_else_stays_within_the_bound(
     weights = (W0, A, B, problem.scaling)
     exact_y = linear_forward(x, *weights, bias=added, dropout=mask)
     exact = linear_backward(dy, x, *weights, dropout=mask)
-    rough: dict[str, Any] = {"dtype": mode.computes, "accumulator": mode.accumulates}
+    rough = Precision(mode.computes, accumulator=mode.accumulates)
     floats = [None if a is None else a.astype(np.float64) for a in (x, W0, A, B, dy, added, mask)]
     fx, fW0, fA, fB, fdy, fadded, fmask = floats
-    allowed_y = linear_forward_bound(fx, fW0, fA, fB, problem.scaling, bias=fadded, dropout=fmask, **rough)
+    allowed_y = linear_forward_bound(fx, fW0, fA, fB, problem.scaling, rough, bias=fadded, dropout=fmask)
     allowed: LinearGradients = linear_backward_bound(
-        fdy, fx, fW0, fA, fB, problem.scaling, dropout=fmask, **rough
+        fdy, fx, fW0, fA, fB, problem.scaling, rough, dropout=fmask
     )
     for got, wanted, bound in (
         (y, exact_y, allowed_y),
