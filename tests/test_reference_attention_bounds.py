@@ -509,3 +509,65 @@ def test_wrong_arguments_are_refused():
     # Where float16 products underflow the bound is not zero.
     tiny = block.map(lambda array: (array * 0 + 2.0**-24).astype(F16))
     assert (bounds_of(tiny, F16)["y"] >= 2.0**-24).all()
+
+
+def radii_by_hand(centre, radius, counts, unit, ulps, u=U32):
+    """The radius of each probability of one row, from the docstring's parts, one number at a time."""
+    keys = len(centre)
+    kept = [j for j in range(keys) if counts[j]]
+    rescalings = math.ceil(keys / 16) - 1
+    top = max(centre[k] for k in kept)
+    weights = [math.exp(centre[j] - top) if counts[j] else 0.0 for j in range(keys)]
+    p = [weight / math.fsum(weights) for weight in weights]
+    highest = max(centre[j] + 2 * radius[j] for j in kept)
+    level = max(abs(centre[j]) + 2 * radius[j] for j in kept)
+    off = [
+        gamma(math.ceil(2 * ulps), u) * (1 + rescalings)
+        + u * (4 * (highest - centre[j] + 2 * radius[j]) + 2 * level + 6 * math.log(keys) + 1)
+        for j in range(keys)
+    ]
+    shift = [radius[j] + off[j] if j in kept else 0.0 for j in range(keys)]
+    own = math.exp(6 * min(max(shift), 300.0) * 2.0**-53 / u)
+    summed, stored = gamma(keys + 2 * rescalings, u), gamma(3, u)
+    growth = summed + stored + summed * stored
+    found = []
+    for j in range(keys):
+        if j not in kept:
+            found.append(0.0)
+            continue
+        moved = []
+        for sign in (1, -1):
+            away = [s * sign if k == j else -s * sign for k, s in enumerate(shift)]
+            terms = [p[k] * math.exp(away[k]) for k in range(keys)]
+            rest = math.fsum(p[k] * (math.exp(away[j]) - math.exp(away[k])) for k in range(keys) if k != j)
+            moved.append(abs(rest) / math.fsum(terms))
+        relative = max(moved) * own
+        known = p[j] * own * (relative + growth * (1 + relative))
+        at_all = (1 + growth) * math.exp(min(off[j], 600.0))
+        bound = at_all if max(shift) > 300 else min(known, at_all)
+        found.append(bound + 2 * (2 + rescalings) * unit)
+    return found
+
+
+@pytest.mark.parametrize("keys", [3, 20, 40])
+@pytest.mark.parametrize("size", [0.01, 2.0, 20.0])
+def test_softmax_ball_is_its_docstring_row_by_row(keys, size):
+    """Rows of different scores, radii and masks; what does not count is higher and less known."""
+    rng = np.random.default_rng(keys)
+    sizes = np.array([[size], [1.0], [0.1], [size / 2]])
+    centre = rng.normal(size=(4, keys)) * sizes - np.arange(4)[:, None]
+    radius = rng.uniform(0, 1, (4, keys)) * np.array([[0.5], [1e-3], [1e-9], [size]])
+    counts = rng.random((4, keys)) < 0.7
+    counts[:, 0] = True
+    centre[~counts], radius[~counts] = 90.0, 700.0
+    for unit in (2.0**-126, 2.0**-30):
+        found = softmax_ball(ball(centre, radius, F32, unit), counts, 2.5).radius
+        expected = [radii_by_hand(*row, unit, 2.5) for row in zip(centre, radius, counts, strict=True)]
+        assert found == pytest.approx(np.array(expected), rel=1e-9, abs=0)
+
+
+def test_a_score_that_is_not_known_is_told_by_the_widest_of_its_row():
+    for width in (299.0, 301.0):
+        centre, radius, counts = [0.0, 1.0], [0.1, width], [True, True]
+        found = softmax_ball(ball([centre], [radius]), np.array([counts]), 4.0).radius[0]
+        assert found == pytest.approx(np.array(radii_by_hand(centre, radius, counts, 0.0, 4.0)), rel=1e-9)
