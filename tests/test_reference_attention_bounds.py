@@ -1,4 +1,5 @@
 import math
+import sys
 from dataclasses import replace
 
 import ml_dtypes
@@ -29,12 +30,14 @@ from loracle.reference import (
     adapted_linear_forward_bound,
     attention_backward_bound,
     attention_forward_bound,
+    attention_scores,
     gamma,
     rotary_tables,
     softmax,
 )
 from loracle.reference.balls import Ball
 from loracle.reference.formats import FORMATS
+from loracle.reference.precision import ROUND_UP
 from loracle.reference.softmax_bounds import softmax_ball
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -571,3 +574,48 @@ def test_a_score_that_is_not_known_is_told_by_the_widest_of_its_row():
         centre, radius, counts = [0.0, 1.0], [0.1, width], [True, True]
         found = softmax_ball(ball([centre], [radius]), np.array([counts]), 4.0).radius[0]
         assert found == pytest.approx(np.array(radii_by_hand(centre, radius, counts, 0.0, 4.0)), rel=1e-9)
+
+
+@pytest.mark.parametrize("part", ["rotary", "mask", "q", "k", "v", "o"])
+def test_every_part_of_a_block_has_its_share_in_the_bounds(part):
+    """Without the tables, the mask, or a projection's bias, the bounds are others."""
+    small = {"n": 1, "length": 4, "d": 5, "heads": (2, 1, 4)}
+    block = gaussian_block(3, **small, adapters=1, rotary=True, masked=True, dtype=F32)
+    bounds = bounds_of(block, F32)
+    if part in ("rotary", "mask"):
+        changed = bounds_of(block, F32, **{part: None})
+    else:
+        changed = bounds_of(block.with_projection(part, bias=None), F32)
+    for name in ("y", "dx") if part != "o" else ("y",):
+        assert not np.array_equal(changed[name], bounds[name]), name
+
+
+def test_the_adapters_bias_moves_the_context_and_with_it_the_output():
+    block = gaussian_block(3, n=1, length=4, d=5, heads=(2, 1, 4), adapters=1, dtype=F32)
+    own = block.projections.v.adapters[0]
+    plain = bounds_of(block.with_projection("v", adapters=(replace(own, bias=None),)), F32)
+    biased = bounds_of(block.with_projection("v", adapters=(replace(own, bias=np.full(4, 50, F32)),)), F32)
+    assert (biased["y"] > 2 * plain["y"]).all()
+
+
+def test_an_exponential_may_be_as_good_as_one_ulp():
+    block = gaussian_block(0, n=1, length=3, d=4, heads=(1, 1, 2), dtype=F32)
+    best, next_best = (bounds_of(block, F32, exp_ulps=ulps)["y"] for ulps in (1.0, 1.5))
+    assert (best[:, 1:] < next_best[:, 1:]).all()  # the first token sees itself alone
+
+
+def test_tables_that_do_not_fit_are_refused_by_every_function():
+    block = gaussian_block(0, dtype=F64, rotary=True)
+    wrong = (block.rotary[0][:-1], block.rotary[1])
+    for function in (attention_forward_bound, attention_scores):
+        options = {"precision": F32} if function is attention_forward_bound else {}
+        with pytest.raises(ShapeError, match=r"^cos: expected"):
+            function(block.x, block.projections, block.attention, rotary=wrong, **options)
+
+
+def test_bounds_are_rounded_up():
+    """What float64 may lose in evaluating a bound is added to it, in every gradient."""
+    block = gaussian_block(3, n=1, length=3, d=4, heads=(1, 1, 2), adapters=1, dtype=F32)
+    module = sys.modules["loracle.reference.attention_bounds"]
+    assert module._up(np.ones(1))[0] == ROUND_UP > 1
+    assert set(bounds_of(block, F32)) >= {"y", "dx", "q.dA", "v.dB", "o.dbias"}
