@@ -237,7 +237,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
                 name,
                 f"{1e3 * seconds:.1f}",
                 "1" if first else f"{row['ratio_to_peft'][name]:.2f} [{low:.2f}, {high:.2f}]",
-                f"{row['incorrectly_rounded'][name]:.2%}",
+                f"{row['incorrectly_rounded'][name]:.4%}",
                 f"{1e3 * row['floor_copy_seconds']:.1f}" if first else "",
                 end_section=name == list(row["seconds"])[-1],
             )
