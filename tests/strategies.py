@@ -85,6 +85,19 @@ def lora_problems(draw: st.DrawFn, most: int = 12, dtype: DTypeLike = np.float64
     ).astype(dtype)
 
 
+@st.composite
+def matrices(draw: st.DrawFn, most: int = 7) -> Any:
+    """Gaussians of float64 in three sizes, some of low rank, some with columns of very different sizes."""
+    m, n = draw(st.integers(1, most)), draw(st.integers(1, most))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    size = draw(st.sampled_from([1.0, 0.02, 30.0]))
+    kind = draw(st.sampled_from(["full", "low", "graded"]))
+    if kind == "low":
+        return size * rng.standard_normal((m, 1)) @ rng.standard_normal((1, n))
+    matrix = size * rng.standard_normal((m, n))
+    return matrix * 10.0 ** -np.arange(n) if kind == "graded" else matrix
+
+
 def _problem(
     rng: np.random.Generator,
     batch: int,

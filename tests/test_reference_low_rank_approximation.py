@@ -7,7 +7,7 @@ import pytest
 from exact_matrices import frobenius, rational, singular_values_above, with_singular_values
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_reference_svd import matrices
+from strategies import matrices
 
 from loracle.reference import (
     ConfigError,

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from exact_matrices import frobenius, rational, singular_values_above
 from hypothesis import given, settings
-from hypothesis import strategies as st
+from strategies import matrices
 
 from loracle.reference import DTypeError, NonFiniteError, ShapeError, Svd, svd_error_bound
 from loracle.reference.formats import FORMATS
@@ -14,19 +14,6 @@ from loracle.reference.svd import backward_error, checked, float64_matrix, svd
 
 DTYPES = [form.dtype for form in FORMATS]
 U53 = 2.0**-53
-
-
-@st.composite
-def matrices(draw, most=7):
-    """Gaussians of one of three sizes, some of low rank, some with columns of very different sizes."""
-    m, n = draw(st.integers(1, most)), draw(st.integers(1, most))
-    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    size = draw(st.sampled_from([1.0, 0.02, 30.0]))
-    kind = draw(st.sampled_from(["full", "low", "graded"]))
-    if kind == "low":
-        return size * rng.standard_normal((m, 1)) @ rng.standard_normal((1, n))
-    matrix = size * rng.standard_normal((m, n))
-    return matrix * 10.0 ** -np.arange(n) if kind == "graded" else matrix
 
 
 def lies_within(exact, computed, bound):
