@@ -20,8 +20,8 @@ from transformers.masking_utils import eager_mask
 
 from loracle.files import Adapter
 from loracle.reference import ConfigError, product_noise, unit_roundoff
+from loracle.torch_impl import LoraLinear
 from loracle.torch_impl.adapter_io import load_adapter
-from loracle.torch_impl.layers import LoraLinear
 from loracle.torch_impl.loading import quiet_transformers
 
 #: The tolerance is this many times the largest deviation sampled: the maximum of a few draws lies below the
@@ -156,8 +156,9 @@ class Float64Model:
         self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
     ) -> torch.Tensor:
         weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        if isinstance(module, LoraLinear):
-            weight = weight + module.scaling * (module.lora_B @ module.lora_A)
+        for update in module.updates if isinstance(module, LoraLinear) else ():
+            A, B = update.matrices()
+            weight = weight + update.scaling * (B @ A)
         return self._noise.apply(output, inputs[0], weight)
 
     @torch.no_grad()

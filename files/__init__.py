@@ -5,7 +5,10 @@ from .atomic import output_folder, write_atomic
 from .cache import cache_folder
 from .checkpoint import Checkpoint
 from .config import LoraConfig
+from .litgpt import adapter_from_litgpt
+from .loralib import adapter_from_loralib
 from .merged_checkpoint import MergedCheckpoint, write_merged_checkpoint
+from .parameters import name_parameters
 from .sidecar import copy_sidecars
 from .weights import MergedWeights
 
@@ -16,8 +19,11 @@ __all__ = [
     "LoraPair",
     "MergedCheckpoint",
     "MergedWeights",
+    "adapter_from_litgpt",
+    "adapter_from_loralib",
     "cache_folder",
     "copy_sidecars",
+    "name_parameters",
     "output_folder",
     "read_adapter",
     "write_adapter",

@@ -1,4 +1,4 @@
-"""What each key of PEFT's ``adapter_config.json`` means to a merged weight.
+"""What each key of PEFT's ``adapter_config.json`` means to an adapter.
 
 Every key of PEFT 0.21's ``LoraConfig`` is a field of ``loracle.files.LoraConfig``, or in ``INERT``, or in
 ``NEUTRAL``. A test holds the three against PEFT's own list.
@@ -26,39 +26,37 @@ INERT: frozenset[str] = frozenset(
         "eva_config",
     }
 )
-"""Keys without effect on ``W0 + scaling * B @ A``; read and dropped."""
+"""Keys without effect on what a trained adapter computes; read and dropped."""
 
 NEUTRAL: Mapping[str, Any] = MappingProxyType(
     {
         "alora_invocation_tokens": None,
         "arrow_config": None,
-        "bias": "none",
-        "ensure_weight_tying": False,
-        "fan_in_fan_out": False,
         "kasa_config": None,
         "layer_replication": None,
-        "lora_bias": False,
         "megatron_config": None,
-        "modules_to_save": None,
         "monteclora_config": None,
-        "target_parameters": None,
-        "trainable_token_indices": None,
         "use_bdlora": None,
-        "use_dora": False,
         "use_qalora": False,
         "velora_config": None,
     }
 )
-"""Keys that change the mathematics or add tensors, with the one value that does not."""
+"""Keys that change the mathematics and are not supported, with the one value that does not."""
 
 BASE_PRESERVING: frozenset[str] = frozenset({"eva", "gaussian", "mica", "orthogonal"})
-"""Names that ``init_lora_weights`` may hold; the others (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA) change W0."""
+"""Names of ``init_lora_weights`` that fill A and B and leave W0 alone: nothing is seen of them afterwards."""
+
+BASE_CHANGING: frozenset[str] = frozenset({"olora", "pissa"})
+"""Names of ``init_lora_weights`` that take from W0 what they give to A and B, and can be trained from."""
+
+BASE_CHANGING_UNSUPPORTED: frozenset[str] = frozenset({"corda", "loftq", "lora_ga"})
+"""Names that change W0 by more than its own numbers (data, gradients, a quantisation)."""
 
 
 def is_neutral(key: str, value: object) -> bool:
     """Tell whether ``value`` leaves the mathematics of ``key`` switched off.
 
-    None, False and empty containers do for every key; ``bias`` is off when it says ``"none"``.
+    None, False and empty containers do for every key.
     """
     if key in NEUTRAL and value == NEUTRAL[key]:
         return True

@@ -1,6 +1,7 @@
 """Which modules a LoRA configuration speaks of: PEFT's rules on dotted paths, as functions of strings.
 
-Source: PEFT 0.21, ``tuners_utils.check_target_module_exists`` and ``utils.other.get_pattern_key``.
+Source: PEFT 0.21, ``tuners_utils.check_target_module_exists`` and ``BaseTuner._inject_parameters``,
+``utils.other.get_pattern_key`` and ``_set_trainable``.
 """
 
 import re
@@ -8,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from loracle.reference import ConfigError
-
-ALL_LINEAR = "all-linear"
-"""The word that stands for every linear layer but the output layer; it needs a model to mean anything."""
 
 T = TypeVar("T")
 
@@ -30,6 +28,28 @@ def matches(path: str, modules: Sequence[str] | str | None) -> bool:
     if isinstance(modules, str):
         return _compile(modules).fullmatch(path) is not None
     return any(path == name or path.endswith(f".{name}") for name in modules)
+
+
+def names_parameter(path: str, names: Sequence[str] | None) -> bool:
+    """Tell whether the parameter at ``path`` is named: exactly, or by its last components."""
+    return any(path == name or path.endswith(f".{name}") for name in names or ())
+
+
+def saved(path: str, names: Sequence[str] | None) -> bool:
+    """Tell whether ``path`` ends in one of ``names``, as text: ``head`` is an end of ``lm_head``."""
+    return any(path.endswith(name) for name in names or ())
+
+
+def inside_saved(path: str, names: Sequence[str] | None) -> bool:
+    """Tell whether a component of ``path`` is one of ``names`` (which may have several, and are expressions).
+
+    This rule is narrower than `saved` where a name is a part of a component, and wider where it is not: it
+    counts what lies in a module that is named.
+
+    Raises:
+        ConfigError: a name is not a regular expression.
+    """
+    return any(_compile(rf"(^|.*\.){name}($|\..*)").match(path) is not None for name in names or ())
 
 
 def layer_selected(
@@ -71,6 +91,11 @@ def pattern_value(path: str, pattern: Mapping[str, T], default: T) -> T:
         if _compile(rf"(.*\.)?({key})$").match(path):
             return value
     return pattern.get(path, default)
+
+
+def check_pattern(pattern: str) -> None:
+    """Check a regular expression. Raises: ConfigError."""
+    _compile(pattern)
 
 
 def _compile(pattern: str) -> re.Pattern[str]:

@@ -5,17 +5,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from loracle.reference import DTypeError, NonFiniteError, TargetError, merge, round_to
-
-from .adapter import FLOATS, Adapter, LoraPair
-from .checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint, is_module
-
-BLOCK_BYTES = 16 * 2**20
-"""Bytes of float64 that the conversion of one tensor works on at a time."""
+from .adapter import Adapter
+from .checkpoint import Checkpoint
+from .plan import plan_replacements, plan_updates
+from .updates import Update, convert
 
 
 class MergedWeights:
-    """``W0 + scaling * B @ A`` for each weight that the adapter has a pair for, other tensors as they are.
+    """The model that an adapter makes of a checkpoint, tensor by tensor: each entry is rounded once.
+
+    A weight with a pair is ``W0 + scaling * B @ A``, with DoRA its rows rescaled to their magnitudes; a bias
+    gets ``scaling`` times lora_B's. A whole tensor of the adapter, a trained bias or a module saved whole,
+    takes the place of the checkpoint's, and trained tokens' rows those of the embedding. Other tensors stay
+    as they are.
 
     Nothing is computed before it is asked for, and nothing is kept: each call reads the mapped checkpoint.
 
@@ -25,8 +27,11 @@ class MergedWeights:
         threads: for each merge; one per CPU by default.
 
     Raises:
-        TargetError: a pair finds no weight of its shape, or the weight is tied to another one, so that a
-            merge would change both. The message names the tensor and both shapes.
+        TargetError, ShapeError: a tensor of the adapter finds none of its shape, or one that is tied to
+            another, so that a merge would change both. The message names the tensor and both shapes.
+        TargetError: the files do not say how a weight is stored, or it cannot be merged a few rows at a time
+            (DoRA on an embedding).
+        ConfigError: a stacked parameter has no name yet; see `name_parameters`.
         DTypeError: a pair's weight is not a floating-point tensor, as in a quantised checkpoint.
     """
 
@@ -36,12 +41,11 @@ class MergedWeights:
         self.checkpoint = checkpoint
         self.adapter = adapter
         self._threads = threads
-        self._pairs: dict[str, LoraPair] = {}
-        for path, pair in adapter.pairs.items() if adapter is not None else ():
-            _check_target(checkpoint, path, pair)
-            self._pairs[f"{path}.weight"] = pair
+        self._updates: dict[str, Update] = {} if adapter is None else plan_updates(checkpoint, adapter)
+        self._replaced = {} if adapter is None else plan_replacements(checkpoint, adapter)
         self.names: tuple[str, ...] = checkpoint.names
-        self.merged_names: tuple[str, ...] = tuple(name for name in self.names if name in self._pairs)
+        changed = self._updates.keys() | self._replaced.keys()
+        self.merged_names: tuple[str, ...] = tuple(name for name in self.names if name in changed)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape; merging keeps it."""
@@ -59,15 +63,16 @@ class MergedWeights:
             dtype: float16, bfloat16, float32 or float64, for a floating-point tensor; its own by default.
 
         Returns:
-            A read-only view of the mapped file where neither merge nor conversion is due; else a new array.
+            A read-only view of the mapped file where neither merge nor conversion is due; else a new array,
+            or the adapter's own where that takes the tensor's place in its dtype.
 
         Raises:
             FileError: there is no such tensor.
             DTypeError: a conversion from or to a dtype that is none of the four.
             NonFiniteError: NaN or infinity among the inputs of a merge, or a finite value becomes
-                infinite. An infinity or NaN of a tensor without a pair stays what it is.
+                infinite. An infinity or NaN of a tensor that stays as it is stays what it is.
         """
-        return self._compute(name, self.checkpoint.tensor(name), self._pairs.get(name), dtype, name)
+        return self._compute(name, 0, self.shape(name)[0] if self.shape(name) else None, dtype)
 
     def release(self, name: str) -> None:
         """Let go of the memory that the mapped tensor takes; reading it again brings it back."""
@@ -75,64 +80,15 @@ class MergedWeights:
 
     def rows(self, name: str, start: int, stop: int, dtype: DTypeLike | None = None) -> NDArray[Any]:
         """Return ``tensor(name, dtype)[start:stop]`` without computing the rest; the same bits."""
-        pair = self._pairs.get(name)
-        if pair is not None:
-            pair = LoraPair(pair.A, pair.B[start:stop], pair.scaling)
-        base = self.checkpoint.tensor(name)[start:stop]
-        whole = base.shape[0] == self.shape(name)[0]
-        return self._compute(name, base, pair, dtype, name if whole else f"{name}[{start}:{stop}]")
+        return self._compute(name, start, stop, dtype)
 
-    def _compute(
-        self, name: str, base: NDArray[Any], pair: LoraPair | None, dtype: DTypeLike | None, label: str
-    ) -> NDArray[Any]:
-        target = base.dtype if dtype is None else np.dtype(dtype)
-        if pair is not None:
-            return merge(base, pair.A, pair.B, pair.scaling, dtype=target, threads=self._threads, name=label)
-        return base if target == base.dtype else _convert(base, target, label)
-
-
-def _convert(base: NDArray[Any], target: np.dtype[Any], label: str) -> NDArray[Any]:
-    if base.dtype not in FLOATS or target not in FLOATS:
-        raise DTypeError(
-            f"{label}: cannot be converted from {base.dtype} to {target}; leave its dtype as it is"
-        )
-    result = np.empty(base.shape, target)
-    source, sink = base.reshape(-1), result.reshape(-1)
-    step = BLOCK_BYTES // 8
-    for start in range(0, source.size, step):
-        block = source[start : start + step]
-        rounded = round_to(block, target)
-        overflown = np.isinf(rounded) & np.isfinite(block)
-        if overflown.any():
-            index = np.unravel_index(start + int(overflown.argmax()), base.shape)
-            value = float(block[int(overflown.argmax())])
-            raise NonFiniteError(
-                f"{label}: {value} at {tuple(map(int, index))} overflows {target}; choose a wider dtype"
-            )
-        sink[start : start + step] = rounded
-    return result
-
-
-def _check_target(checkpoint: Checkpoint, path: str, pair: LoraPair) -> None:
-    name = f"{path}.weight"
-    tied = checkpoint.tied and is_module(name, INPUT_EMBEDDINGS + OUTPUT_EMBEDDINGS)
-    if tied:
-        raise TargetError(
-            f"{name}: input and output embeddings of this model are one tensor, so merging into {path} would "
-            f"change both; train the adapter without {path}"
-        )
-    if name not in checkpoint:
-        raise TargetError(
-            f"{name}: the model has no such tensor, the adapter has a pair for shape {pair.shape}; "
-            f"is this adapter for another model?"
-        )
-    if checkpoint.shape(name) != pair.shape:
-        raise TargetError(
-            f"{name}: the model's shape is {checkpoint.shape(name)}, the adapter's {pair.shape}; "
-            f"is this adapter for another model?"
-        )
-    if checkpoint.dtype(name) not in FLOATS:
-        raise DTypeError(
-            f"{name}: expected a floating-point weight to merge into, got {checkpoint.dtype(name)}; "
-            f"use the checkpoint before quantisation"
-        )
+    def _compute(self, name: str, start: int, stop: int | None, dtype: DTypeLike | None) -> NDArray[Any]:
+        whole = self.checkpoint.tensor(name)
+        target = whole.dtype if dtype is None else np.dtype(dtype)
+        whole = self._replaced.get(name, whole)
+        base = whole if stop is None else whole[start:stop]
+        label = name if base.shape == whole.shape else f"{name}[{start}:{stop}]"
+        update = self._updates.get(name)
+        if update is None:
+            return convert(base, target, label)
+        return update.rows(base, start, target, self._threads, label)

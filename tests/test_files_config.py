@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from refusal import refused
+
 from loracle.files import LoraConfig
 from loracle.files.config_keys import BASE_PRESERVING, INERT, NEUTRAL, is_neutral
 from loracle.reference import ConfigError
@@ -32,9 +34,7 @@ def test_every_key_of_peft_is_classified_exactly_once() -> None:
     assert ours | INERT | set(NEUTRAL) == theirs
     assert not ours & INERT
     assert not INERT & set(NEUTRAL)
-    assert ours & set(NEUTRAL) == {"use_dora", "bias", "fan_in_fan_out"}, (
-        "fields that hold their neutral value"
-    )
+    assert not ours & set(NEUTRAL)
 
 
 def test_neutral_values_and_field_defaults_are_pefts_defaults(tmp_path: Path) -> None:
@@ -60,6 +60,18 @@ def test_neutral_values_and_field_defaults_are_pefts_defaults(tmp_path: Path) ->
             "task_type": "CAUSAL_LM",
             "base_model_name_or_path": "somewhere/base",
         },
+        {"target_modules": ["q_proj"], "bias": "all", "lora_bias": True},
+        {"target_modules": ["c_attn"], "bias": "lora_only", "fan_in_fan_out": True, "use_dora": True},
+        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+        {"target_modules": ["q_proj"], "modules_to_save": [], "ensure_weight_tying": True},
+        {"target_modules": ["q_proj"], "trainable_token_indices": [7, 0, 3]},
+        {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [5], "embed_tokens": [9, 1]}},
+        {"target_modules": [], "target_parameters": ["mlp.experts.up", "mlp.experts.down"]},
+        {"target_modules": ["q_proj"], "init_lora_weights": "pissa"},
+        {"target_modules": ["q_proj"], "init_lora_weights": "olora"},
+        {"target_modules": ["q_proj"], "init_lora_weights": "orthogonal"},
+        {"target_modules": ["q_proj"], "init_lora_weights": "mica"},
+        {"target_modules": ["q_proj"], "init_lora_weights": False},
     ],
 )
 def test_what_peft_saves_is_read_and_written_back_with_the_same_meaning(
@@ -69,7 +81,14 @@ def test_what_peft_saves_is_read_and_written_back_with_the_same_meaning(
 
     config = LoraConfig.from_json(_saved_by_peft(tmp_path, **options))
     for key, value in options.items():
-        assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
+        expected_value = tuple(value) if isinstance(value, list) else value
+        if isinstance(value, dict):
+            expected_value = {
+                name: tuple(own) if isinstance(own, list) else own for name, own in value.items()
+            }
+        if key == "target_modules" and isinstance(value, list):
+            expected_value = tuple(sorted(value))
+        assert getattr(config, key) == expected_value
     (tmp_path / "adapter_config.json").write_text(json.dumps(config.to_json()))
     again = peft.LoraConfig.from_pretrained(str(tmp_path))
     expected = peft.LoraConfig(inference_mode=True, **options)
@@ -97,6 +116,13 @@ def test_rank_alpha_and_scaling_come_from_the_patterns() -> None:
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, Q0, False),
         ({"target_modules": [Q0], "layers_to_transform": [1]}, Q0, True),
         ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": ["layers"]}, Q0, True),
+        ({"target_modules": "attention"}, "model.layers.0.mlp.up_proj", True),
+        ({"target_modules": "attention", "exclude_modules": ["v_proj"]}, V1, False),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, Q0, False),
+        ({"target_modules": "all-linear", "modules_to_save": ["lm_head"]}, "lm_head", False),
+        ({"target_modules": "all-linear", "modules_to_save": ["head"]}, "lm_head", True),
+        ({"target_parameters": ["experts.up"]}, Q0, False),
+        ({"target_modules": ["q_proj"], "target_parameters": ["experts.up"]}, Q0, True),
     ],
 )
 def test_targets(options: dict[str, Any], path: str, expected: bool) -> None:
@@ -106,19 +132,11 @@ def test_targets(options: dict[str, Any], path: str, expected: bool) -> None:
 SWITCHED_ON: dict[str, Any] = {
     "alora_invocation_tokens": [1, 2],
     "arrow_config": {"top_k": 3},
-    "bias": "lora_only",
-    "ensure_weight_tying": True,
-    "fan_in_fan_out": True,
     "kasa_config": {"beta": 1},
     "layer_replication": [[0, 2]],
-    "lora_bias": True,
     "megatron_config": {"tensor_model_parallel_size": 2},
-    "modules_to_save": ["lm_head"],
     "monteclora_config": {"num_samples": 8},
-    "target_parameters": ["experts.up"],
-    "trainable_token_indices": [5],
     "use_bdlora": {"nblocks": 2},
-    "use_dora": True,
     "use_qalora": True,
     "velora_config": {"num_groups": 64},
 }
@@ -181,13 +199,37 @@ def test_inert_keys_are_dropped(key: str) -> None:
         ("rank_pattern", {"(q": 1}),
         ("alpha_pattern", {"q_proj": float("inf")}),
         ("alpha_pattern", {"q_proj": None}),
-        ("init_lora_weights", "pissa"),
         ("init_lora_weights", "pissa_niter_4"),
-        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "magic"),
+        ("init_lora_weights", ["pissa"]),
         ("init_lora_weights", "corda"),
         ("init_lora_weights", "loftq"),
         ("init_lora_weights", "lora_ga"),
         ("init_lora_weights", None),
+        ("use_dora", None),
+        ("use_dora", 1),
+        ("lora_bias", "yes"),
+        ("fan_in_fan_out", 0),
+        ("ensure_weight_tying", None),
+        ("bias", None),
+        ("bias", True),
+        ("bias", ["all"]),
+        ("bias", "some"),
+        ("modules_to_save", "lm_head"),
+        ("modules_to_save", ["lm_head", 1]),
+        ("modules_to_save", ["lm_head", ""]),
+        ("modules_to_save", ["(head"]),
+        ("target_parameters", "experts.up"),
+        ("target_parameters", [""]),
+        ("trainable_token_indices", 5),
+        ("trainable_token_indices", "5"),
+        ("trainable_token_indices", [1, -1]),
+        ("trainable_token_indices", [1.0]),
+        ("trainable_token_indices", [True]),
+        ("trainable_token_indices", [3, 1, 3]),
+        ("trainable_token_indices", {"": [1]}),
+        ("trainable_token_indices", {"embed_tokens": [2, 2]}),
+        ("trainable_token_indices", {"embed_tokens": None}),
         ("base_model_name_or_path", 1),
         ("task_type", ["CAUSAL_LM"]),
         ("peft_type", "IA3"),
@@ -208,15 +250,75 @@ def test_a_wrong_value_is_one_line_that_names_the_key(key: str, value: Any) -> N
     [
         {"target_modules": ".*", "layers_to_transform": 0},
         {"target_modules": ["q"], "layers_pattern": "layers"},
-        {"use_dora": True},
-        {"bias": "all"},
-        {"fan_in_fan_out": True},
+        {"bias": "both"},
         {"use_dora": 1},
     ],
 )
 def test_the_constructor_checks_as_well(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         LoraConfig(**options)
+
+
+PARAMETERS = {"target_parameters": ("experts.up",)}
+REMEDY = "; correct the adapter's config"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"lora_bias": True, "use_dora": True},
+            f"lora_bias: expected false beside use_dora, which rescales no bias, got True{REMEDY}",
+        ),
+        (
+            {"lora_bias": True, "init_lora_weights": "pissa"},
+            f"init_lora_weights: expected true or false beside lora_bias, got 'pissa'{REMEDY}",
+        ),
+        (
+            {"lora_bias": True, "init_lora_weights": "gaussian"},
+            f"init_lora_weights: expected true or false beside lora_bias, got 'gaussian'{REMEDY}",
+        ),
+        (
+            {**PARAMETERS, "lora_dropout": 0.1},
+            f"lora_dropout: expected 0 beside target_parameters, whose input no layer sees, got 0.1{REMEDY}",
+        ),
+        (
+            {**PARAMETERS, "lora_bias": True},
+            f"lora_bias: expected false beside target_parameters, got True{REMEDY}",
+        ),
+        (
+            {**PARAMETERS, "use_dora": True},
+            f"use_dora: expected false beside target_parameters, got True{REMEDY}",
+        ),
+        (
+            {**PARAMETERS, "fan_in_fan_out": True},
+            f"fan_in_fan_out: expected false beside target_parameters, got True{REMEDY}",
+        ),
+        (
+            {"modules_to_save": ("lm_head",), "trainable_token_indices": {"lm_head": (1,)}},
+            f"trainable_token_indices: expected embeddings that modules_to_save does not train whole, "
+            f"got 'lm_head'{REMEDY}",
+        ),
+        (
+            {"init_lora_weights": "pissa_niter_16"},
+            "init_lora_weights: 'pissa_niter_16' changes the base weights by a randomised approximation, which "
+            "nothing can do again; train with 'pissa', or convert the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion",
+        ),
+        (
+            {"init_lora_weights": "corda"},
+            "init_lora_weights: 'corda' changes the base weights and is not supported, expected true, false or "
+            "one of eva, gaussian, mica, olora, orthogonal, pissa; convert the adapter with PEFT's "
+            "path_initial_model_for_weight_conversion",
+        ),
+    ],
+)
+def test_values_without_a_meaning_together_are_refused(options: dict[str, Any], message: str) -> None:
+    refused(lambda: LoraConfig(**options), ConfigError, message)
+
+
+def test_no_target_parameters_take_nothing_away() -> None:
+    assert LoraConfig(target_parameters=(), lora_dropout=0.1, use_dora=True).use_dora
 
 
 @pytest.mark.parametrize("name", sorted(BASE_PRESERVING))
@@ -227,6 +329,58 @@ def test_initialisations_that_leave_the_base_alone_are_read(name: str) -> None:
 def test_a_missing_key_is_pefts_default_and_an_empty_pattern_may_be_null() -> None:
     assert LoraConfig.from_json({**MINIMAL, "rank_pattern": None, "alpha_pattern": None}) == LoraConfig(
         task_type=None
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("pissa", True), ("OLoRA", True), ("gaussian", False), (True, False)]
+)
+def test_which_initialisations_change_the_base(name: bool | str, changes: bool) -> None:
+    assert LoraConfig(init_lora_weights=name).changes_base is changes
+
+
+def test_parameters_are_named_by_their_path_or_its_end() -> None:
+    config = LoraConfig(
+        r=4, target_parameters=("experts.up", "a.b"), rank_pattern={"experts.up": 2}, alpha_pattern={"up": 6}
+    )
+    for path, expected in {
+        "layers.0.experts.up": True,
+        "experts.up": True,
+        "a.b": True,
+        "xexperts.up": False,
+        "layers.0.experts": False,
+        "layers.0.experts.up.weight": False,
+    }.items():
+        assert config.targets_parameter(path) is expected, path
+    assert not LoraConfig().targets_parameter("experts.up")
+    assert config.rank_of("layers.0.experts.up") == 2
+    assert config.scaling_of("layers.0.experts.up") == 3.0
+    assert config.scaling_of("layers.0.experts.down") == 2.0
+
+
+def test_saved_modules_and_trained_tokens_are_named_by_the_end_of_their_path() -> None:
+    config = LoraConfig(
+        modules_to_save=("score", "norm"), trainable_token_indices={"embed_tokens": (4, 1), "lm_head": (2,)}
+    )
+    assert config.saves("score")
+    assert config.saves("model.input_layernorm")
+    assert not config.saves("score.weight")
+    assert not LoraConfig().saves("score")
+    assert config.token_indices_of("model.embed_tokens") == (4, 1)
+    assert config.token_indices_of("lm_head") == (2,)
+    assert config.token_indices_of("model.embed") is None
+    assert LoraConfig().token_indices_of("model.embed_tokens") is None
+    assert LoraConfig(trainable_token_indices=(3, 0)).token_indices_of("anything") == (3, 0)
+
+
+def test_the_word_attention_is_resolved_before_peft_sees_it() -> None:
+    assert LoraConfig(target_modules="attention").names_attention
+    assert not LoraConfig(target_modules=("attention",)).names_attention
+    refused(
+        LoraConfig(target_modules="attention").to_json,
+        ConfigError,
+        "target_modules: expected names, got the word 'attention', which PEFT has not; resolve it against the "
+        "model first",
     )
 
 
@@ -242,5 +396,10 @@ def test_a_configuration_is_immutable_hashable_and_independent_of_its_arguments(
     pattern["v_proj"] = 3
     assert config == LoraConfig(target_modules=("q_proj",), rank_pattern={"q_proj": 2})
     assert hash(config) == hash(LoraConfig(target_modules=("q_proj",), rank_pattern={"q_proj": 2}))
+    tokens = {"lm_head": [3]}
+    config = LoraConfig(trainable_token_indices=tokens)  # type: ignore[arg-type]
+    tokens["lm_head"].append(4)
+    assert config.trainable_token_indices == {"lm_head": (3,)}
+    assert hash(config) == hash(LoraConfig(trainable_token_indices={"lm_head": (3,)}))
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.r = 4  # type: ignore[misc]

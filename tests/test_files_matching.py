@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracle.files.matching import layer_selected, matches, pattern_value
+from loracle.files import LoraConfig
+from loracle.files.matching import (
+    inside_saved,
+    layer_selected,
+    matches,
+    names_parameter,
+    pattern_value,
+    saved,
+)
 from loracle.reference import ConfigError
 
 Q0 = "model.layers.0.self_attn.q_proj"
@@ -91,6 +99,59 @@ def test_layer_numbers(path: str, layers: Any, layers_pattern: Any, expected: bo
     assert layer_selected(path, layers, layers_pattern) is expected
 
 
+@given(
+    path=PATHS,
+    modules=st.none() | st.lists(NAMES, max_size=3) | EXPRESSIONS,
+    excluded=st.lists(NAMES, max_size=1),
+    kept=st.none() | st.lists(NAMES | st.sampled_from(["_proj", "q_proj|v_proj", ".*attn"]), max_size=2),
+    parameters=st.none() | st.just(["experts.up"]),
+)
+def test_a_configuration_targets_what_peft_does(
+    path: str, modules: Any, excluded: Any, kept: Any, parameters: Any
+) -> None:
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    ours = LoraConfig(
+        target_modules=modules, exclude_modules=excluded, modules_to_save=kept, target_parameters=parameters
+    )
+    if modules is None and parameters is None:  # PEFT has put the architecture's names there by then
+        return
+    theirs = _peft(
+        target_modules=modules,
+        exclude_modules=excluded,
+        modules_to_save=kept,
+        target_parameters=parameters,
+    )
+    assert ours.targets(path) == (
+        check_target_module_exists(theirs, path) is True or bool(check_target_module_exists(theirs, path))
+    )
+
+
+@pytest.mark.parametrize(
+    ("names", "path", "ends", "inside"),
+    [
+        (["lm_head"], "lm_head", True, True),
+        (["head"], "lm_head", True, False),
+        (["score"], "model.score", True, True),
+        (["self_attn"], Q0, False, True),
+        (["self_attn.q_proj"], Q0, True, True),
+        (["layers.0"], Q0, False, True),
+        ([], Q0, False, False),
+        (None, Q0, False, False),
+    ],
+)
+def test_saved_modules(names: Any, path: str, ends: bool, inside: bool) -> None:
+    assert saved(path, names) is ends
+    assert inside_saved(path, names) is inside
+
+
+@given(path=PATHS, names=st.none() | st.lists(NAMES, max_size=3))
+def test_parameters_are_named_exactly_or_by_their_last_components(path: str, names: Any) -> None:
+    components = path.split(".")
+    ends = {".".join(components[start:]) for start in range(len(components))}
+    assert names_parameter(path, names) == bool(ends & set(names or ()))
+
+
 PATTERNS = st.dictionaries(NAMES | EXPRESSIONS | st.just("model[0]"), st.integers(1, 64), max_size=4)
 
 
@@ -124,6 +185,7 @@ def test_the_first_matching_pattern_counts(pattern: dict[str, int], expected: in
         lambda: matches(Q0, "(q"),
         lambda: layer_selected(Q0, 0, "(h"),
         lambda: pattern_value(Q0, {"*": 1}, 0),
+        lambda: inside_saved(Q0, ["(h"]),
     ],
 )
 def test_a_malformed_expression_is_a_config_error(call: Any) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from files_fixtures import BFLOAT16, Q0, V0, Array, random_array, small_adapter, small_tensors, write_model
 
-from loracle.files import Adapter, Checkpoint, LoraConfig, MergedWeights, weights
+from loracle.files import Adapter, Checkpoint, LoraConfig, MergedWeights, updates
 from loracle.reference import (
     DTypeError,
     FileError,
@@ -140,7 +140,7 @@ def test_a_tied_output_layer_that_is_not_stored_is_refused_as_tied(tmp_path: Pat
 
 
 def test_overflow_and_wrong_dtypes_name_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(weights, "BLOCK_BYTES", 8 * 4)  # the entry in question lies in the third block
+    monkeypatch.setattr(updates, "BLOCK_BYTES", 8 * 4)  # the entry in question lies in the third block
     tensors = small_tensors()
     tensors["model.norm.weight"] = np.array([0, 65519, -np.inf, np.nan, 1, 1], np.float32)
     tensors["lm_head.weight"][1, 3] = -70000

@@ -11,7 +11,7 @@ from torch import nn
 from torch_fixtures import Chain, fill_integers, same_bits, tiny_llama
 
 from loracle.files import Adapter, LoraConfig
-from loracle.reference import FileError, TargetError
+from loracle.reference import ConfigError, FileError, TargetError
 from loracle.torch_impl import adapter_of, inject, load_adapter, lora_layers, save_adapter
 from loracle.torch_impl.arrays import tensor_of
 
@@ -24,7 +24,7 @@ def adapted(model: Any, config: LoraConfig = CONFIG) -> Any:
     """The model with adapters of integer values."""
     inject(model, config)
     for seed, layer in enumerate(lora_layers(model).values()):
-        for at, parameter in enumerate((layer.lora_A, layer.lora_B)):
+        for at, parameter in enumerate((layer.update().lora_A, layer.update().lora_B)):
             values = torch.randint(
                 -2, 3, parameter.shape, generator=torch.Generator().manual_seed(2 * seed + at)
             )
@@ -34,19 +34,19 @@ def adapted(model: Any, config: LoraConfig = CONFIG) -> Any:
 
 def test_a_saved_adapter_comes_back_bit_for_bit(tmp_path: Path) -> None:
     model = adapted(tiny_llama())
-    torch.nn.init.normal_(lora_layers(model)["model.layers.1.self_attn.v_proj"].lora_B)
+    torch.nn.init.normal_(lora_layers(model)["model.layers.1.self_attn.v_proj"].update().lora_B)
     save_adapter(model, tmp_path / "adapter")
     other = tiny_llama()
     state = torch.get_rng_state()
     assert load_adapter(other, tmp_path / "adapter") == tuple(lora_layers(model))
     assert torch.equal(torch.get_rng_state(), state)
     for path, layer in lora_layers(other).items():
-        expected = lora_layers(model)[path]
-        assert same_bits(layer.lora_A, expected.lora_A)
-        assert same_bits(layer.lora_B, expected.lora_B)
-        assert layer.scaling == expected.scaling
+        own, expected = layer.update(), lora_layers(model)[path].update()
+        assert same_bits(own.lora_A, expected.lora_A)
+        assert same_bits(own.lora_B, expected.lora_B)
+        assert own.scaling == expected.scaling
     assert {name for name, p in other.named_parameters() if p.requires_grad} == {
-        f"{path}.lora_{part}" for path in lora_layers(model) for part in "AB"
+        f"{path}.adapters.default.lora_{part}" for path in lora_layers(model) for part in "AB"
     }
 
 
@@ -55,7 +55,7 @@ def test_what_adapter_of_returns_is_a_copy() -> None:
     adapter = adapter_of(model)
     before = adapter.pairs["q_proj"].A.copy()
     with torch.no_grad():
-        model.q_proj.lora_A.add_(1)
+        model.q_proj.update().lora_A.add_(1)
     assert np.array_equal(adapter.pairs["q_proj"].A, before)
 
 
@@ -99,7 +99,7 @@ def test_other_dtypes_keep_their_values(dtype: torch.dtype) -> None:
     adapter = Adapter.from_arrays(config, {"q_proj": (array_of(A), array_of(B))})
     model = Chain()
     load_adapter(model, adapter)
-    layer = lora_layers(model)["q_proj"]
+    layer = lora_layers(model)["q_proj"].update()
     assert layer.lora_A.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     assert torch.equal(layer.lora_A.double(), A.double())
     assert torch.equal(layer.lora_B.double(), B.double())
@@ -124,7 +124,7 @@ UNFIT: dict[str, tuple[dict[str, Any], str]] = {
     "missing": ({"q_proj": FITTING["q_proj"]}, "v_proj: expected lora_A and lora_B"),
     "absent": (
         {**FITTING, "layers.9.q_proj": FITTING["q_proj"]},
-        r"layers.9.q_proj: expected an nn.Linear in the model, got no such module",
+        r"layers.9.q_proj: expected a layer of the model, got no such module",
     ),
 }
 
@@ -143,7 +143,7 @@ def test_an_adapter_for_another_model_is_refused_and_the_model_left_alone(name: 
 def test_loading_twice_and_saving_nothing_are_refused(tmp_path: Path) -> None:
     model = adapted(Chain(), LoraConfig(r=2))
     adapter = adapter_of(model)
-    with pytest.raises(TargetError):
+    with pytest.raises(ConfigError, match="adapter_name"):
         load_adapter(model, adapter)
     with pytest.raises(TargetError, match="expected a model with adapters"):
         save_adapter(Chain(), tmp_path / "adapter")

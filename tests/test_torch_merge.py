@@ -24,7 +24,7 @@ def adapted(dtype: torch.dtype = torch.float32) -> Chain:
     inject(model, LoraConfig(r=2, lora_alpha=3))
     for layer in lora_layers(model).values():
         nn.init.normal_(layer.base_layer.weight)
-        nn.init.normal_(layer.lora_B)
+        nn.init.normal_(layer.update().lora_B)
     return model
 
 
@@ -38,7 +38,10 @@ def test_the_merged_weight_is_the_references_and_unmerge_restores_the_bits(dtype
     for path, layer in lora_layers(model).items():
         assert layer.merged
         expected = merge_arrays(
-            array_of(bits[path]), array_of(layer.lora_A), array_of(layer.lora_B), layer.scaling
+            array_of(bits[path]),
+            array_of(layer.update().lora_A),
+            array_of(layer.update().lora_B),
+            layer.update().scaling,
         )
         assert same_bits(layer.weight, tensor_of(expected))
         assert not same_bits(layer.weight, bits[path])
@@ -85,8 +88,8 @@ def test_neither_mode_nor_forward_merges() -> None:
 def test_an_error_in_the_last_layer_leaves_every_layer_as_it_was(wrong: float) -> None:
     model = adapted()
     with torch.no_grad():
-        model.v_proj.lora_A[0, 0] = wrong  # type: ignore[operator,index]
-        model.v_proj.lora_B[0, 0] = 4.0  # type: ignore[operator,index]
+        model.v_proj.update().lora_A[0, 0] = wrong  # type: ignore[operator]
+        model.v_proj.update().lora_B[0, 0] = 4.0  # type: ignore[operator]
     weights = [layer.weight for layer in lora_layers(model).values()]
     with pytest.raises(NonFiniteError):
         merge(model)
@@ -126,13 +129,13 @@ def test_a_kept_weight_moves_and_casts_with_the_model() -> None:
 
 
 def test_a_module_tied_to_the_weight_keeps_it() -> None:
-    layer = LoraLinear(nn.Linear(2, 3), 1, 1)
+    layer = LoraLinear(nn.Linear(2, 3))
     other = nn.Embedding(3, 2)
     other.weight = layer.base_layer.weight
     kept = other.weight.clone()
-    layer.set_merged_weight(kept + 1)
+    layer.set_merged({"weight": kept + 1})
     assert same_bits(other.weight, kept)
-    layer.restore_base_weight()
+    layer.restore_base()
     assert layer.base_layer.weight is other.weight
 
 

@@ -4,13 +4,17 @@ from typing import TYPE_CHECKING, Any
 
 from loracle.files import LoraConfig
 
+from .active import disable_adapter, set_adapter
 from .adapter_io import adapter_of, load_adapter, save_adapter
 from .data import read_examples
 from .function import lora_linear
-from .inject import eject, inject, lora_layers, parse_targets
-from .layers import LoraLinear
-from .merge import merge, unmerge
+from .inject import eject, inject, injected_config
+from .injected import lora_layers
+from .layer import LoraLayer
+from .linear import LoraLinear
+from .merge import merge, merge_and_unload, unmerge
 from .options import FinetuneOptions
+from .targets import parse_targets
 
 if TYPE_CHECKING:
     from .training import FinetuneResult, finetune
@@ -19,18 +23,23 @@ __all__ = [
     "FinetuneOptions",
     "FinetuneResult",
     "LoraConfig",
+    "LoraLayer",
     "LoraLinear",
     "adapter_of",
+    "disable_adapter",
     "eject",
     "finetune",
     "inject",
+    "injected_config",
     "load_adapter",
     "lora_layers",
     "lora_linear",
     "merge",
+    "merge_and_unload",
     "parse_targets",
     "read_examples",
     "save_adapter",
+    "set_adapter",
     "unmerge",
 ]
 

@@ -1,44 +1,69 @@
 """A model's adapters as files in PEFT's format, and such files put into a model."""
 
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from loracle.files import Adapter, read_adapter, write_adapter
+from loracle.files import Adapter, LoraPair, read_adapter, write_adapter
+from loracle.files.parameters import name_parameters
 from loracle.reference import TargetError
 
-from .arrays import array_of, tensor_of
-from .inject import inject, injected_config, lora_layers, resolve_targets
+from .arrays import array_of, assign
+from .inject import inject
+from .injected import injected
+from .kinds import factor_shapes
+from .layer import DEFAULT
+from .plain_config import plain_config
+from .targets import Targets, base_modules, resolve_targets
+from .whole_tensors import whole_tensors
+
+_REMEDY = "is this adapter for another model?"
 
 
-def adapter_of(model: nn.Module) -> Adapter:
-    """Return copies of the model's adapters with their configuration.
+def adapter_of(model: nn.Module, adapter_name: str | None = None) -> Adapter:
+    """Return copies of all that an adapter has trained, with its configuration.
+
+    One that started as a part of W0 (PiSSA, OLoRA) comes as the ordinary adapter of twice the rank that it
+    is beside the unchanged W0. Sharded parameters are gathered, by all processes at once.
+
+    Args:
+        model: with adapters.
+        adapter_name: which one; the only one when None.
 
     Raises:
-        TargetError: the model has no adapters.
+        TargetError: the model has no such adapter, or several and none is named.
     """
-    return Adapter.from_arrays(
-        injected_config(model),
-        {
-            path: (array_of(layer.lora_A).copy(), array_of(layer.lora_B).copy())
-            for path, layer in lora_layers(model).items()
-        },
-    )
+    name, adapter = injected(model).only(adapter_name)
+    pairs = {path: layer.pair(name) for path, layer in adapter.layers.items()}
+    tensors = {full: array_of(tensor.trained).copy() for full, tensor in adapter.whole.items()}
+    config = plain_config(adapter.targets.config, {path: pair.scaling for path, pair in pairs.items()})
+    # A configuration states alpha; what it comes to must be what is in the layers.
+    pairs = {
+        path: LoraPair(pair.A, pair.B, config.scaling_of(path), pair.kind, pair.bias, pair.magnitude)
+        for path, pair in pairs.items()
+    }
+    return Adapter(config, pairs, tensors)
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Write the model's adapters to a new folder in PEFT's format; see `loracle.files.write_adapter`."""
-    write_adapter(Path(folder), adapter_of(model))
+def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None = None) -> None:
+    """Write an adapter of the model to a new folder in PEFT's format; see `adapter_of` and
+    `loracle.files.write_adapter`.
+    """
+    write_adapter(Path(folder), adapter_of(model, adapter_name))
 
 
-def load_adapter(model: nn.Module, source: str | Path | Adapter) -> tuple[str, ...]:
-    """Inject an adapter's layers into ``model`` and fill them with its values.
+def load_adapter(
+    model: nn.Module, source: str | Path | Adapter, adapter_name: str = DEFAULT
+) -> tuple[str, ...]:
+    """Inject an adapter's layers into ``model``, fill them with its values, and activate it.
 
     Args:
         model: changed in place; untouched when an error is raised.
         source: a folder in PEFT's format, or an adapter that has been read.
+        adapter_name: what to call it.
 
     Returns:
         The paths of the adapted layers.
@@ -49,48 +74,87 @@ def load_adapter(model: nn.Module, source: str | Path | Adapter) -> tuple[str, .
         FileError, ConfigError, NonFiniteError: see `loracle.files.read_adapter`.
     """
     adapter = source if isinstance(source, Adapter) else read_adapter(Path(source))
-    _check_fit(model, adapter)
+    adapter = _fitted(model, adapter)
     # Its own generator: loading must not move torch's global one.
-    paths = inject(model, adapter.config, generator=torch.Generator())
-    fill(model, adapter)
+    paths = inject(model, adapter.config, adapter_name, generator=torch.Generator())
+    fill(model, adapter, adapter_name)
     return paths
 
 
-def fill(model: nn.Module, adapter: Adapter) -> None:
-    """Copy an adapter's values into the layers that are there for it, one for each pair."""
-    for path, layer in lora_layers(model).items():
-        pair = adapter.pairs[path]
-        for parameter, array in ((layer.lora_A, pair.A), (layer.lora_B, pair.B)):
-            # float64 adapters keep their values; the half precisions widen exactly.
-            wide = np.promote_types(array.dtype, np.float32)
-            parameter.data = tensor_of(array.astype(wide)).to(parameter.device)
+def fill(model: nn.Module, adapter: Adapter, adapter_name: str | None = None) -> None:
+    """Copy an adapter's values into the layers and whole tensors that are there for it."""
+    name, own = injected(model).only(adapter_name)
+    for path, layer in own.layers.items():
+        layer.fill(name, adapter.pairs[path])
+    for full, tensor in own.whole.items():
+        # Copied into: a tied or sharded tensor stays what it is.
+        assign(tensor.trained, adapter.tensors[full].astype(array_of(tensor.trained).dtype), keep_dtype=True)
 
 
-def _check_fit(model: nn.Module, adapter: Adapter) -> None:
-    remedy = "is this adapter for another model?"
-    modules = dict(model.named_modules())
+def _fitted(model: nn.Module, adapter: Adapter) -> Adapter:
+    """Return the adapter with its stacked parameters named and without copies of the base's own tensors.
+
+    Raises:
+        TargetError: it does not fit the model.
+    """
+    modules = base_modules(model)
+    targets = resolve_targets(model, adapter.config)
+    order: dict[str, list[str]] = defaultdict(list)
+    for full in targets.parameters:
+        path, _, parameter = full.rpartition(".")
+        order[path].append(parameter)
+    adapter = name_parameters(adapter, {path: tuple(names) for path, names in order.items()})
+    expected = {*targets.modules, *targets.parameters, *targets.tied}
     for path, pair in adapter.pairs.items():
         base = modules.get(path)
-        if not isinstance(base, nn.Linear):
-            found = "no such module" if base is None else type(base).__name__
-            raise TargetError(f"{path}: expected an nn.Linear in the model, got {found}; {remedy}")
-        r = adapter.config.rank_of(path)
-        for name, array, expected in (
-            ("lora_A", pair.A, (r, base.in_features)),
-            ("lora_B", pair.B, (base.out_features, r)),
-        ):
-            if array.shape != expected:
-                raise TargetError(
-                    f"{path}.{name}: expected shape {expected} beside a weight of shape "
-                    f"{tuple(base.weight.shape)}, got {array.shape}; {remedy}"
-                )
-    _, targeted = resolve_targets(model, adapter.config)
-    for path in targeted:
-        if path not in adapter.pairs:
-            raise TargetError(f"{path}: expected lora_A and lora_B for this target, got neither; {remedy}")
-    for path in adapter.pairs:
-        if path not in targeted:
+        if path not in targets.parameters and base is None:
+            raise TargetError(f"{path}: expected a layer of the model, got no such module; {_REMEDY}")
+        if path not in expected:
             raise TargetError(
-                f"{path}: expected only layers that target_modules names, got lora_A and lora_B for another; "
-                f"{remedy}"
+                f"{path}: expected only layers that target_modules names and that can be adapted, got lora_A "
+                f"and lora_B for another, {type(base).__name__}; {_REMEDY}"
             )
+        owner = base if base is not None else modules[path.rpartition(".")[0]]
+        parameter = "" if base is not None else path.rpartition(".")[2]
+        shapes = factor_shapes(owner, adapter.config.rank_of(path), parameter)
+        for tensor_name, array, shape in zip(("lora_A", "lora_B"), (pair.A, pair.B), shapes, strict=True):
+            if array.shape != shape:
+                raise TargetError(
+                    f"{path}.{tensor_name}: expected shape {shape} for this {type(owner).__name__}, "
+                    f"got {array.shape}; {_REMEDY}"
+                )
+    for path in (*targets.modules, *targets.parameters):
+        if path not in adapter.pairs:
+            raise TargetError(f"{path}: expected lora_A and lora_B for this target, got neither; {_REMEDY}")
+    return _without_copies(adapter, targets, modules)
+
+
+def _without_copies(adapter: Adapter, targets: Targets, modules: dict[str, nn.Module]) -> Adapter:
+    """Check the whole tensors; drop those that equal the base's own, which PEFT writes beside embeddings."""
+    expected = whole_tensors(modules, targets.modules, targets.config)
+    base = dict(_named_tensors(modules))
+    kept = {}
+    for full, array in adapter.tensors.items():
+        own = base.get(full)
+        if own is None or tuple(own.shape) != array.shape:
+            found = "no such tensor" if own is None else f"shape {tuple(own.shape)}"
+            raise TargetError(f"{full}: expected shape {array.shape} in the model, got {found}; {_REMEDY}")
+        if full in expected:
+            kept[full] = array
+        elif not np.array_equal(array_of(own).astype(np.float64), array.astype(np.float64)):
+            raise TargetError(
+                f"{full}: expected the model's own values, got others for a tensor that the adapter's config "
+                f"does not train; {_REMEDY}"
+            )
+    for full in expected:
+        if full not in kept:
+            raise TargetError(f"{full}: expected a tensor that the config trains, got none; {_REMEDY}")
+    return Adapter(adapter.config, adapter.pairs, kept, adapter.tokens)
+
+
+def _named_tensors(modules: dict[str, nn.Module]) -> list[tuple[str, torch.Tensor]]:
+    return [
+        (f"{path}.{name}" if path else name, tensor)
+        for path, module in modules.items()
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    ]

@@ -1,12 +1,64 @@
-"""The LoRA product as one autograd function: two additions in place where plain autograd makes six passes."""
+"""The LoRA products of layers that share one input, as one autograd function with in-place additions."""
 
-from typing import Any, cast
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from loracle.reference import DTypeError, ShapeError, TargetError
+from loracle.reference import ConfigError, DTypeError, ShapeError, TargetError
+
+from .dropout import SeededDropout
+
+_T = TypeVar("_T")
+_linear = nn.functional.linear
+
+
+class Member(NamedTuple):
+    """A frozen linear layer: W0 (out, in), which may be a transposed view, and its bias (out,) or None."""
+
+    W0: Tensor
+    bias: Tensor | None
+
+
+class Term(NamedTuple):
+    """An update of one member, ``scaling * ((x * dropout) A^T) B^T + scaling * lora_bias``.
+
+    Attributes:
+        member: which of the layers it belongs to.
+        A: (r, in); B: (width, r).
+        scaling: ``lora_alpha / r`` or ``lora_alpha / sqrt(r)``.
+        lora_bias: (width,), the bias of lora_B, or None.
+        rows: (start, stop) of the outputs that the update is added to; all of them when None.
+        dropout: what the adapter's input is multiplied with, drawn from a seed or given in x's shape; None
+            for one.
+    """
+
+    member: int
+    A: Tensor
+    B: Tensor
+    scaling: float
+    lora_bias: Tensor | None = None
+    rows: tuple[int, int] | None = None
+    dropout: SeededDropout | Tensor | None = None
+
+
+class _Place(NamedTuple):
+    """Where a term's numbers are: its member, rows there, and its slice of the stack's ranks."""
+
+    member: int
+    rows: tuple[int, int] | None
+    start: int
+    stop: int
+
+
+class _Stack(NamedTuple):
+    """Terms of one scaling and one dropout, whose down-projections are one product."""
+
+    scaling: float
+    dropout: SeededDropout | None
+    places: tuple[_Place, ...]
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -30,16 +82,16 @@ def lora_linear(
     scaling: float,
     multiplier: Tensor | None = None,
 ) -> Tensor:
-    """Return ``y = x W0^T + bias + scaling * ((x * multiplier) A^T) B^T``, differentiable in x, A and B.
+    """Return ``y = x W0^T + bias + scaling * ((x * multiplier) A^T) B^T``, differentiable in all but W0.
 
     Args:
         x: (..., in), any leading dimensions, also empty ones.
         W0: (out, in), frozen.
-        bias: (out,), frozen, or None.
+        bias: (out,), or None.
         A: (r, in); B: (out, r).
         scaling: ``lora_alpha / r`` or ``lora_alpha / sqrt(r)``.
         multiplier: x's shape; what dropout multiplies the adapter's input with, 0 or ``1 / (1 - p)``; None
-            for one.
+            for one. It gets no gradient.
 
     Every operand is cast to `compute_dtype(x)` and y has that dtype, as ``F.linear`` does under autocast.
     So float32 A and B beside a bfloat16 base are master copies: their products are bfloat16, their
@@ -49,111 +101,238 @@ def lora_linear(
     Raises:
         ShapeError: the shapes do not fit.
         DTypeError: x and W0 differ in dtype without autocast.
-        TargetError: W0 or bias requires a gradient, which it would not get.
+        TargetError: W0 requires a gradient, which it would not get.
+        ConfigError: on the way back, with ``create_graph``.
 
     Source: LoRA, arXiv 2106.09685, section 4.1; the gradients are those of
         `loracle.reference.linear_backward`.
     """
-    _check_shapes(x, W0, bias, A, B, multiplier)
-    dtype = compute_dtype(x)
-    if dtype is x.dtype and not torch.is_autocast_enabled(x.device.type) and W0.dtype is not dtype:
-        raise DTypeError(
-            f"x: expected W0's {W0.dtype}, got {x.dtype}; cast one of them, or run under torch.autocast"
+    return lora_products(x, (Member(W0, bias),), (Term(0, A, B, scaling, dropout=multiplier),))[0]
+
+
+def lora_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -> tuple[Tensor, ...]:
+    """Return each member's ``y = x W0^T + bias + sum of its terms``, (..., out).
+
+    x is read, and its gradient formed, once for all: with the down-projections stacked,
+    ``H = x [A_1; A_2; ...]^T`` (N, sum of r), the gradients are
+
+        dH_i = dy_i B_i,   dx = sum_m dy_m W0_m + scaling * dH [A_1; A_2; ...]   (added up in place),
+        dA = scaling * dH^T x,   dB_i = scaling * dy_i^T H_i
+
+    Kept for them: x, once; H; and seeds for the masks of dropout. Neither x where no A trains, nor W0 where
+    x needs no gradient. At least one member and one term. Dtypes, errors and source as for `lora_linear`.
+    """
+    _check(x, members, terms)
+    order: dict[tuple[float, int | None], list[Term]] = {}
+    for at, term in enumerate(terms):
+        order.setdefault((term.scaling, None if term.dropout is None else at), []).append(term)
+    stacks, given = [], []
+    for (scaling, _), own in order.items():
+        ends = list(accumulate((term.A.shape[0] for term in own), initial=0))
+        places = tuple(
+            _Place(term.member, term.rows, start, stop)
+            for term, (start, stop) in zip(own, pairwise(ends), strict=True)
         )
-    if W0.requires_grad or (bias is not None and bias.requires_grad):
-        raise TargetError(
-            "W0: expected frozen base parameters, got requires_grad=True; "
-            "LoRA gives them no gradient: call requires_grad_(False) on the base layer"
-        )
-    # Flattened out here: a view made inside the function could not be modified in place afterwards.
-    x_2d = x.reshape(-1, x.shape[-1])
-    if multiplier is not None:
-        multiplier = multiplier.reshape(x_2d.shape)
-    y_2d = cast(
-        Tensor,
-        _LoraLinear.apply(x_2d, W0, bias, A, B, scaling, multiplier, dtype),  # type: ignore[no-untyped-call]
+        dropout = own[0].dropout
+        given.append(dropout.reshape(-1, x.shape[-1]) if isinstance(dropout, Tensor) else None)
+        stacks.append(_Stack(scaling, dropout if isinstance(dropout, SeededDropout) else None, places))
+    sorted_terms = [term for own in order.values() for term in own]
+    ys: tuple[Tensor, ...] = _LoraProducts.apply(  # type: ignore[no-untyped-call]
+        tuple(stacks),
+        compute_dtype(x),
+        # Flattened out here: a view made inside the function could not be modified in place afterwards.
+        x.reshape(-1, x.shape[-1]),
+        *(member.W0 for member in members),
+        *(member.bias for member in members),
+        *given,
+        *(term.A for term in sorted_terms),
+        *(term.B for term in sorted_terms),
+        *(term.lora_bias for term in sorted_terms),
     )
-    return y_2d.view(*x.shape[:-1], W0.shape[0])
+    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
-def _check_shapes(
-    x: Tensor, W0: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, multiplier: Tensor | None
-) -> None:
-    out_features, in_features = W0.shape
-    r = A.shape[0]
-    expected: list[tuple[str, tuple[int, ...], Tensor | None]] = [
-        ("x", (*x.shape[:-1], in_features), x),
-        ("bias", (out_features,), bias),
-        ("lora_A", (r, in_features), A),
-        ("lora_B", (out_features, r), B),
-        ("multiplier", tuple(x.shape), multiplier),
-    ]
-    for name, shape, tensor in expected:
-        if tensor is not None and (tensor.dim() == 0 or tuple(tensor.shape) != shape):
-            raise ShapeError(
-                f"{name}: expected shape {shape} beside W0 of shape {tuple(W0.shape)}, "
-                f"got {tuple(tensor.shape)}; give tensors of one layer"
+def _check(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -> None:
+    for W0, bias in members:
+        out_features, in_features = W0.shape
+        _check_shape("x", x, (*x.shape[:-1], in_features), W0)
+        _check_shape("bias", bias, (out_features,), W0)
+        if W0.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise DTypeError(
+                f"x: expected W0's {W0.dtype}, got {x.dtype}; cast one of them, or run under torch.autocast"
             )
+        if W0.requires_grad:
+            raise TargetError(
+                "W0: expected a frozen weight, got requires_grad=True; "
+                "LoRA gives it no gradient: call requires_grad_(False) on the base layer"
+            )
+    for term in terms:
+        W0 = members[term.member].W0
+        width = W0.shape[0] if term.rows is None else term.rows[1] - term.rows[0]
+        r = term.A.shape[0]
+        _check_shape("lora_A", term.A, (r, W0.shape[1]), W0)
+        _check_shape("lora_B", term.B, (width, r), W0)
+        _check_shape("lora_bias", term.lora_bias, (width,), W0)
+        if isinstance(term.dropout, Tensor):
+            _check_shape("multiplier", term.dropout, tuple(x.shape), W0)
 
 
-class _LoraLinear(torch.autograd.Function):
-    """See `lora_linear`; x is (N, in) here, y (N, out)."""
+def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], W0: Tensor) -> None:
+    if tensor is not None and (tensor.dim() == 0 or tuple(tensor.shape) != shape):
+        raise ShapeError(
+            f"{name}: expected shape {shape} beside W0 of shape {tuple(W0.shape)}, "
+            f"got {tuple(tensor.shape)}; give tensors of one layer"
+        )
+
+
+class _LoraProducts(torch.autograd.Function):
+    """See `lora_products`; x is (N, in) here, each y (N, out), terms in the order of the stacks."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        W0: Tensor,
-        bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
-        scaling: float,
-        multiplier: Tensor | None,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        ctx.A_dtype, ctx.B_dtype, ctx.scaling = A.dtype, B.dtype, scaling
-        x, W0, A, B = x.to(dtype), W0.to(dtype), A.to(dtype), B.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-        multiplier = None if multiplier is None else multiplier.to(dtype)
-        y = nn.functional.linear(x, W0, bias)  # (N, out)
-        xA = nn.functional.linear(x if multiplier is None else x * multiplier, A)  # (N, r)
-        y.addmm_(xA, B.t(), alpha=scaling)
+        ctx: Any, stacks: tuple[_Stack, ...], dtype: torch.dtype, x: Tensor, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        need_x, *need = ctx.needs_input_grad[2:]
+        _, _, _, need_A, need_B, _ = _parts(need, stacks)
+        x = x.to(dtype)
+        cast: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        W0s, biases, given, As, Bs, lora_biases = _parts(cast, stacks)
+        ys = [_linear(x, W0, bias) for W0, bias in zip(W0s, biases, strict=True)]
+        stacked, Hs = [], []
+        term = 0
+        for stack, multiplier in zip(stacks, given, strict=True):
+            A = _stacked(As[term : term + len(stack.places)])
+            H = _linear(_dropped(x, stack, multiplier), A)  # (N, sum of r)
+            for place in stack.places:
+                y = _rows(ys[place.member], place)
+                y.addmm_(H[:, place.start : place.stop], Bs[term].t(), alpha=stack.scaling * _factor(stack))
+                if lora_biases[term] is not None:
+                    y.add_(lora_biases[term], alpha=stack.scaling)
+                term += 1
+            stacked.append(A)
+            Hs.append(H)
         # What a gradient needs is kept only when that gradient is asked for.
-        need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
+        down = need_x or any(need_A)
         ctx.save_for_backward(
-            W0 if need_x else None,
-            x if need_A else None,
-            A if need_x else None,
-            B if need_x or need_A else None,
-            xA if need_B else None,
-            multiplier if need_x or need_A else None,
+            x if any(need_A) else None,
+            *(W0s if need_x else [None] * len(W0s)),
+            *(given if down else [None] * len(given)),
+            *(stacked if need_x else [None] * len(stacks)),
+            *(Hs if any(need_B) else [None] * len(stacks)),
+            *(Bs if down else [None] * len(Bs)),
         )
-        return y
+        ctx.stacks, ctx.dtypes, ctx.shape = stacks, [None if t is None else t.dtype for t in tensors], x.shape
+        ctx.set_materialize_grads(False)
+        return tuple(ys)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        W0, x, A, B, xA, multiplier = ctx.saved_tensors
-        need_x, need_A, need_B = (ctx.needs_input_grad[i] for i in (0, 3, 4))
-        scaling = ctx.scaling
-        dx = dA = dB = None
+    def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise ConfigError(
+                "create_graph: expected False, got True; the LoRA product can be differentiated once only"
+            )
+        stacks: tuple[_Stack, ...] = ctx.stacks
+        need_x, *need = ctx.needs_input_grad[2:]
+        need_W0, need_bias, _, need_A, need_B, need_lora_bias = _parts(need, stacks)
+        _, bias_dtypes, _, A_dtypes, B_dtypes, lora_bias_dtypes = _parts(ctx.dtypes, stacks)
+        m, s = len(need_W0), len(stacks)
+        x, *saved = ctx.saved_tensors
+        W0s, given, stacked, Hs, Bs = (
+            saved[:m],
+            saved[m : m + s],
+            saved[m + s : m + 2 * s],
+            saved[m + 2 * s : m + 3 * s],
+            saved[m + 3 * s :],
+        )
+        like = next((dy for dy in dys if dy is not None), None)
+        if like is None:
+            return (None,) * (3 + len(need))
+        dA, dB, dlora_bias = ([None] * len(need_A) for _ in range(3))  # type: list[Any], list[Any], list[Any]
         # All operands have one dtype; an autocast that forward did not see must not change it.
-        with torch.autocast(dy.device.type, enabled=False):
-            if need_x or need_A:
-                # B^T made contiguous (r, out): reading B's rows of r numbers takes twice the time.
-                dyB = nn.functional.linear(dy, B.t().contiguous())  # (N, r)
-            if need_x:
-                dx = dy @ W0
-                if multiplier is None:
-                    dx.addmm_(dyB, A, alpha=scaling)
-                else:
-                    dx.addcmul_(dyB @ A, multiplier, value=scaling)
-            if need_A:
-                dA = _scaled(dyB.t() @ (x if multiplier is None else x * multiplier), scaling, ctx.A_dtype)
-            if need_B:
-                # Computed as (r, out) and transposed: up to four times faster than dy^T xA.
-                dB = _scaled((xA.t() @ dy).t(), scaling, ctx.B_dtype)
-        return dx, None, None, dA, dB, None, None, None
+        with torch.autocast(like.device.type, enabled=False):
+            dx = _times_weights(dys, W0s) if need_x else None
+            term = 0
+            for stack, multiplier, A, H in zip(stacks, given, stacked, Hs, strict=True):
+                own = range(term, term + len(stack.places))
+                term += len(stack.places)
+                parts = [None if dy is None else _rows(dy, p) for p in stack.places for dy in (dys[p.member],)]
+                scaling = stack.scaling * _factor(stack)
+                train_A = any(need_A[i] for i in own)
+                if need_x or train_A:
+                    mask = _mask(like, ctx.shape, stack, multiplier)
+                    dH = _up(parts, [Bs[i] for i in own], like)
+                    if dx is not None:
+                        if mask is None:
+                            dx.addmm_(dH, A, alpha=scaling)
+                        else:
+                            dx.addcmul_(dH @ A, mask, value=scaling)
+                    if train_A:
+                        product = dH.t() @ (x if mask is None else x * mask)  # (sum of r, in)
+                for i, place, dy in zip(own, stack.places, parts, strict=True):
+                    if dy is None:
+                        continue
+                    if need_A[i]:
+                        dA[i] = _scaled(product[place.start : place.stop], scaling, A_dtypes[i])
+                    if need_B[i]:
+                        # Computed as (r, out) and transposed: up to four times faster than dy^T H.
+                        dB[i] = _scaled((H[:, place.start : place.stop].t() @ dy).t(), scaling, B_dtypes[i])
+                    if need_lora_bias[i]:
+                        dlora_bias[i] = _scaled(dy.sum(0), stack.scaling, lora_bias_dtypes[i])
+            dbias = [
+                dy.sum(0).to(dtype) if needed and dy is not None else None
+                for dy, needed, dtype in zip(dys, need_bias, bias_dtypes, strict=True)
+            ]
+        return None, None, dx, *[None] * m, *dbias, *[None] * s, *dA, *dB, *dlora_bias
+
+
+def _parts(flat: Sequence[_T], stacks: tuple[_Stack, ...]) -> list[Sequence[_T]]:
+    """Cut into W0 and bias of each member, the mask of each stack, and A, B and lora_bias of each term."""
+    s, n = len(stacks), sum(len(stack.places) for stack in stacks)
+    m = (len(flat) - s - 3 * n) // 2
+    ends = list(accumulate((m, m, s, n, n, n), initial=0))
+    return [flat[start:stop] for start, stop in pairwise(ends)]
+
+
+def _stacked(matrices: Sequence[Any]) -> Tensor:
+    return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+def _rows(y: Tensor, place: _Place) -> Tensor:
+    return y if place.rows is None else y[:, place.rows[0] : place.rows[1]]
+
+
+def _factor(stack: _Stack) -> float:
+    """What a seeded mask of zeros and ones leaves out of the scaling."""
+    return 1.0 if stack.dropout is None else stack.dropout.factor
+
+
+def _dropped(x: Tensor, stack: _Stack, multiplier: Tensor | None) -> Tensor:
+    mask = _mask(x, x.shape, stack, multiplier)
+    return x if mask is None else mask.mul_(x) if multiplier is None else mask * x
+
+
+def _mask(like: Tensor, shape: torch.Size, stack: _Stack, multiplier: Tensor | None) -> Tensor | None:
+    return multiplier if stack.dropout is None else stack.dropout.mask(like, shape)
+
+
+def _times_weights(dys: Sequence[Tensor | None], W0s: Sequence[Tensor]) -> Tensor:
+    """Return the sum of dy W0 over the members, (N, in)."""
+    dx: Tensor | None = None
+    for dy, W0 in zip(dys, W0s, strict=True):
+        if dy is not None:
+            dx = dy @ W0 if dx is None else dx.addmm_(dy, W0)
+    assert dx is not None
+    return dx
+
+
+def _up(parts: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Return dy B of each term side by side, (N, sum of r)."""
+    # B^T made contiguous (r, out): reading B's rows of r numbers takes twice the time.
+    products = [
+        like.new_zeros(like.shape[0], B.shape[1]) if dy is None else _linear(dy, B.t().contiguous())
+        for dy, B in zip(parts, Bs, strict=True)
+    ]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
 
 
 def _scaled(product: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:

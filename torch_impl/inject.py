@@ -1,8 +1,6 @@
-"""Put `LoraLinear` layers in place of a model's linear layers, and take them out again."""
+"""Put adapted layers in place of a model's own, and take them out again."""
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -10,195 +8,155 @@ from torch import nn
 from loracle.files import LoraConfig
 from loracle.reference import ConfigError, TargetError
 
-from .layers import LoraLinear
-
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""What the shorthand ``"attention"`` stands for: the projections of the LoRA paper, section 4.2."""
-
-DEFAULT_TARGETS = ("q_proj", "v_proj")
-"""The targets when none are named: query and value, the paper's choice (section 7.1)."""
-
-_CONFIG = "loracle_config"
+from .injected import InjectedAdapter, forget, injected, injected_or_new, keep, lora_layers
+from .kinds import adapted_layer
+from .layer import DEFAULT, LoraLayer
+from .linear import LoraLinear
+from .shared_input import watch_siblings
+from .targets import Targets, base_modules, resolve_targets
+from .update import UpdateOptions, check_adapter_name
+from .whole_tensors import whole_tensors
 
 
 def inject(
-    model: nn.Module, config: LoraConfig, *, generator: torch.Generator | None = None
+    model: nn.Module,
+    config: LoraConfig,
+    adapter_name: str = DEFAULT,
+    *,
+    generator: torch.Generator | None = None,
 ) -> tuple[str, ...]:
-    """Wrap every targeted ``nn.Linear`` of ``model`` in a `LoraLinear` and freeze all other parameters.
+    """Wrap every targeted layer of ``model`` in a `LoraLayer`, freeze all other parameters, and activate the
+    new adapter.
 
     ``config.target_modules`` has PEFT's meaning: a tuple of names (a module's whole path or its end), a
     regular expression that matches the whole path, or ``"all-linear"`` (every linear layer but the output
-    embedding). Beyond PEFT, ``"attention"`` is `ATTENTION` and None is `DEFAULT_TARGETS`. The configuration
-    kept with the model (`injected_config`) has these resolved to names, so that PEFT understands it.
+    embedding). None is the architecture's default, query and value; beyond PEFT, ``"attention"`` is the
+    query, key, value and output projections. The configuration kept with the model (`injected_config`) has
+    these resolved to names, so that PEFT understands it.
+
+    ``bias`` and ``modules_to_save`` exchange parameters for copies that train; the base's own are kept, and
+    come back with `set_adapter`, `disable_adapter` and `eject`.
 
     Args:
         model: changed in place; untouched when an error is raised.
-        config: rank, alpha, dropout and targets; the patterns apply by path.
-        generator: where each ``lora_A`` is drawn from, in the order of the paths; torch's global one when
-            None.
+        config: ranks, alphas, dropout and targets; the patterns apply by path.
+        adapter_name: what to call it; a model may have several.
+        generator: where starts are drawn from, in the order of the paths; torch's global one when None.
 
     Returns:
-        The paths of the wrapped layers, in the model's order.
+        The paths of the adapted layers, in the model's order.
 
     Raises:
-        TargetError: nothing matches (the candidates are listed), a match is not an ``nn.Linear`` of its own
-            (another type, a shared module, a tied weight, inside ``nn.MultiheadAttention``), or the model
-            has adapters already.
+        TargetError: nothing matches (the candidates are listed), a match can't be adapted, shares its weight
+            with another module without ``ensure_weight_tying``, or is merged.
+        ConfigError: the name is taken, or a layer can't do what the configuration asks for.
+        NonFiniteError: a start is taken from a weight that holds NaN or infinity.
     """
-    config, paths = resolve_targets(model, config)
-    layers = {}
-    for path in paths:
-        base = model.get_submodule(path)
-        assert isinstance(base, nn.Linear), path
-        layers[path] = LoraLinear(
-            base,
-            config.rank_of(path),
-            config.alpha_of(path),
-            dropout=config.lora_dropout,
-            use_rslora=config.use_rslora,
-            generator=generator,
-        )
-    model.requires_grad_(False)
-    for path, layer in layers.items():
-        _replace(model, path, layer)
-    setattr(model, _CONFIG, config)
-    return paths
-
-
-def parse_targets(text: str) -> tuple[str, ...] | str:
-    """Return the ``target_modules`` that a comma-separated list of names, or one of the shorthands, stands
-    for.
-
-    Raises:
-        ConfigError: no name is given.
-    """
-    if text in ("attention", "all-linear"):
-        return text
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
+    state = injected_or_new(model)
+    if check_adapter_name(adapter_name) in state.adapters:
         raise ConfigError(
-            f"targets: expected names of linear layers, got {text!r}; name some, or say all-linear"
+            f"adapter_name: expected a new one, got {adapter_name!r}; eject() it, or choose another"
         )
-    return names
-
-
-def resolve_targets(model: nn.Module, config: LoraConfig) -> tuple[LoraConfig, tuple[str, ...]]:
-    """Return ``config`` with its shorthand resolved, and the paths that `inject` would wrap; see there."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for path, module in modules.items():
-        if isinstance(module, LoraLinear):
-            raise TargetError(f"{path}: expected a model without adapters, got a LoraLinear; eject() first")
-    if config.target_modules is None:
-        config = replace(config, target_modules=DEFAULT_TARGETS)
-    elif config.target_modules == "attention":
-        config = replace(config, target_modules=ATTENTION)
-    elif config.names_all_linear:
-        config = _every_linear(model, config, modules)
-    paths = tuple(path for path in modules if path and config.targets(path))
-    if not paths:
-        raise TargetError(
-            f"target_modules: expected the name of a linear layer, got {_shown(config.target_modules)}, "
-            f"which no module matches; candidates: {_candidates(modules) or 'none, no layer is linear'}"
-        )
-    _check_each(paths, modules)
-    return config, paths
-
-
-def eject(model: nn.Module) -> tuple[str, ...]:
-    """Put every base layer back as it was before `inject` and return their paths.
-
-    A merged layer is unmerged first (`loracle.torch_impl.merge` and then nothing else is how to keep a
-    merge). The parameters stay frozen.
-    """
-    layers = lora_layers(model)
+    targets = resolve_targets(model, config)
+    modules = base_modules(model)
+    present = lora_layers(model)
+    for path in targets.modules:
+        if path in present and present[path].merged:
+            raise TargetError(f"{path}: expected an unmerged layer, got a merged one; unmerge() first")
+    whole = whole_tensors(modules, targets.modules, targets.config)
+    layers = _layers(targets, modules, present, adapter_name, generator)
+    # Nothing can go wrong from here on.
+    if not state.adapters:
+        model.requires_grad_(False)
     for path, layer in layers.items():
-        layer.restore_base_weight()
-        _replace(model, path, layer.base_layer)
-    if hasattr(model, _CONFIG):
-        delattr(model, _CONFIG)
+        if path not in present:
+            _replace(model, path, layer)
+    state.adapters[adapter_name] = InjectedAdapter(targets, layers, whole)
+    keep(model, state)
+    state.activate((adapter_name,))
+    watch_siblings(
+        (path, layer) for path, layer in lora_layers(model).items() if isinstance(layer, LoraLinear)
+    )
     return tuple(layers)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoraLinear]:
-    """Return the model's `LoraLinear` layers by path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLinear)}
+def _layers(
+    targets: Targets,
+    modules: Mapping[str, nn.Module],
+    present: Mapping[str, LoraLayer],
+    name: str,
+    generator: torch.Generator | None,
+) -> dict[str, LoraLayer]:
+    """Return a layer with the new adapter for each path; those already there get it when none has failed."""
+    config = targets.config
+    layers: dict[str, LoraLayer] = {}
+    added: list[LoraLayer] = []
+    try:
+        for path in targets.modules:
+            options = UpdateOptions(
+                r=config.rank_of(path),
+                lora_alpha=config.alpha_of(path),
+                dropout=config.lora_dropout,
+                use_rslora=config.use_rslora,
+                lora_bias=config.lora_bias,
+                use_dora=config.use_dora,
+                init=config.init_lora_weights,
+            )
+            layer = present[path] if path in present else adapted_layer(modules[path], path)
+            layer.add_adapter(name, options, generator)
+            layers[path] = layer
+            added.append(layer)
+    except BaseException:
+        for layer in added:
+            layer.remove_adapter(name)
+        raise
+    return layers
 
 
-def injected_config(model: nn.Module) -> LoraConfig:
+def eject(model: nn.Module, adapter_name: str | None = None) -> tuple[str, ...]:
+    """Take an adapter out, all of them when none is named, and return the paths of its layers.
+
+    A layer without adapters becomes the base layer again, and the model what it was before `inject`, bit for
+    bit. A merged layer is unmerged first; `merge_and_unload` is how to keep a merge. The parameters stay
+    frozen, and no adapter is active afterwards.
+
+    Raises:
+        TargetError: there is no such adapter.
+    """
+    state = injected_or_new(model)
+    names = tuple(state.adapters) if adapter_name is None else (state.only(adapter_name)[0],)
+    for layer in lora_layers(model).values():
+        layer.restore_base()
+    state.activate(())
+    paths: dict[str, None] = {}
+    for name in names:
+        for layer in state.adapters.pop(name).layers.values():
+            layer.remove_adapter(name)
+    for path, layer in lora_layers(model).items():
+        if not layer.adapters:
+            _replace(model, path, layer.base_layer)
+            paths[path] = None
+    if not state.adapters:
+        forget(model)
+    return tuple(paths)
+
+
+def unload(model: nn.Module) -> None:
+    """Put each layer's base in its place as it now is, and forget the adapters."""
+    for path, layer in lora_layers(model).items():
+        _replace(model, path, layer.base_layer)
+    forget(model)
+
+
+def injected_config(model: nn.Module, adapter_name: str | None = None) -> LoraConfig:
     """Return the configuration that `inject` or `load_adapter` kept, its targets resolved to names.
 
     Raises:
-        TargetError: the model has no adapters.
+        TargetError: the model has no such adapter, or several and none is named.
     """
-    config = getattr(model, _CONFIG, None)
-    if not isinstance(config, LoraConfig):
-        raise TargetError(f"{type(model).__name__}: expected a model with adapters, got none; inject() first")
-    return config
-
-
-def output_embedding(model: nn.Module) -> nn.Module | None:
-    """Return the layer that maps hidden states to logits, where the model has transformers' getter for it."""
-    getter = getattr(model, "get_output_embeddings", None)
-    module = getter() if callable(getter) else None
-    return module if isinstance(module, nn.Module) else None
+    return injected(model).only(adapter_name)[1].targets.config
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, name = path.rpartition(".")
     setattr(model.get_submodule(parent), name, module)
-
-
-def _every_linear(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
-    """Name every linear layer but the output's: by last components where they suffice, else by path."""
-    output = output_embedding(model)
-    paths = tuple(
-        path
-        for path, module in modules.items()
-        if module is not output and _is_plain_linear(module, path, modules) and config.targets(path)
-    )
-    named = replace(config, target_modules=tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths)))
-    if {path for path in modules if path and named.targets(path)} == set(paths):
-        return named
-    return replace(config, target_modules=paths)
-
-
-def _is_plain_linear(module: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether calling the module, and nothing else, is what computes ``x W^T + b``."""
-    return (
-        isinstance(module, nn.Linear)
-        and type(module).forward is nn.Linear.forward
-        # MultiheadAttention reads out_proj.weight and never calls the module.
-        and not isinstance(modules[path.rpartition(".")[0]], nn.MultiheadAttention)
-    )
-
-
-def _check_each(paths: Iterable[str], modules: Mapping[str, nn.Module]) -> None:
-    owners: dict[int, list[str]] = defaultdict(list)
-    for path, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(path)
-    for path in paths:
-        module = modules[path]
-        if not isinstance(module, nn.Linear) or not _is_plain_linear(module, path, modules):
-            raise TargetError(
-                f"{path}: expected an nn.Linear that the model calls, got {type(module).__name__}; "
-                f"name linear layers, candidates: {_candidates(modules)}"
-            )
-        others = [owner for owner in owners[id(module.weight)] if owner != path]
-        if others:
-            raise TargetError(
-                f"{path}.weight: expected a weight of its own, got one tied to {others[0]}; "
-                "a merge would change both: leave it out of the targets"
-            )
-
-
-def _candidates(modules: Mapping[str, nn.Module]) -> str:
-    counts: dict[str, int] = defaultdict(int)
-    for path, module in modules.items():
-        if path and _is_plain_linear(module, path, modules):
-            counts[path.rpartition(".")[2]] += 1
-    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
-
-
-def _shown(targets: tuple[str, ...] | str | None) -> str:
-    return ", ".join(map(repr, targets)) if isinstance(targets, tuple) else repr(targets)

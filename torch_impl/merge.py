@@ -1,4 +1,4 @@
-"""Merge a model's adapters into its weights, and put the weights back bit for bit."""
+"""Merge a model's active adapters into its weights, and put the weights back bit for bit."""
 
 from typing import Any
 
@@ -6,50 +6,58 @@ from numpy.typing import NDArray
 from torch import nn
 
 from loracle.reference import TargetError
-from loracle.reference import merge as merge_arrays
 
-from .arrays import array_of, tensor_of
-from .inject import lora_layers
+from .arrays import tensor_of
+from .inject import unload
+from .injected import injected, lora_layers
 
 
 def merge(model: nn.Module) -> tuple[str, ...]:
-    """Give each `LoraLinear` the weight ``W0 + scaling * lora_B @ lora_A``, correctly rounded to W0's
-    dtype.
+    """Give each adapted layer its weights with the active adapters in them, correctly rounded to W0's dtype.
 
-    All weights are computed before the first is exchanged, so an error leaves the model as it was. W0 is
-    kept: a merged model holds both. See `loracle.reference.merge`.
+    A linear weight becomes ``W0 + sum over adapters of scaling * lora_B @ lora_A``: the exact real number,
+    rounded once. All weights are computed before the first is exchanged, so an error leaves the model as it
+    was. The base's own are kept: a merged model holds both. See `loracle.reference.merge_adapters`.
 
     Returns:
         The paths of the merged layers.
 
     Raises:
-        TargetError: the model has no adapters, or one is merged already.
+        TargetError: the model has no active adapters, or a layer is merged already.
         NonFiniteError: a tensor holds NaN or infinity, or a merged entry overflows; it is named.
     """
+    if not injected(model).active:
+        raise TargetError(
+            f"{type(model).__name__}: expected an active adapter, got none; set_adapter() first"
+        )
     layers = lora_layers(model)
-    if not layers:
-        raise TargetError(f"{type(model).__name__}: expected a model with adapters, got none; inject() first")
     for path, layer in layers.items():
         if layer.merged:
             raise TargetError(f"{path}: expected an unmerged adapter, got a merged one; unmerge() first")
-    merged: dict[str, NDArray[Any]] = {
-        path: merge_arrays(
-            array_of(layer.base_weight),
-            array_of(layer.lora_A),
-            array_of(layer.lora_B),
-            layer.scaling,
-            name=f"{path}.weight",
-        )
-        for path, layer in layers.items()
+    merged: dict[str, dict[str, NDArray[Any]]] = {
+        path: layer.merged_arrays(layer.active, path) for path, layer in layers.items() if layer.active
     }
-    for path, layer in layers.items():
-        layer.set_merged_weight(tensor_of(merged[path]).to(layer.base_weight.device))
-    return tuple(layers)
+    for path, arrays in merged.items():
+        layer = layers[path]
+        device = layer.base_weight.device
+        layer.set_merged({name: tensor_of(array).to(device) for name, array in arrays.items()})
+    return tuple(merged)
 
 
 def unmerge(model: nn.Module) -> tuple[str, ...]:
-    """Put each merged layer's kept W0 back, the same tensor and bits; return those layers' paths."""
+    """Put each merged layer's own weights back, the same tensors and bits; return those layers' paths."""
     merged = {path: layer for path, layer in lora_layers(model).items() if layer.merged}
     for layer in merged.values():
-        layer.restore_base_weight()
+        layer.restore_base()
     return tuple(merged)
+
+
+def merge_and_unload(model: nn.Module) -> tuple[str, ...]:
+    """Merge the active adapters for good: the model is a plain one again, and keeps nothing of them.
+
+    Returns and raises what `merge` does; a model that is merged already stays merged.
+    """
+    layers = lora_layers(model)
+    done = tuple(path for path, layer in layers.items() if layer.merged) or merge(model)
+    unload(model)
+    return done

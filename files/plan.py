@@ -1,0 +1,206 @@
+"""Which tensors of a checkpoint an adapter changes, and how; what cannot be merged is refused here."""
+
+from typing import Any
+
+from numpy.typing import NDArray
+
+from loracle.reference import ConfigError, DTypeError, ShapeError, TargetError
+
+from .adapter import Adapter
+from .checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint, is_module
+from .lora_pair import FLOATS, LoraPair
+from .updates import Bias, Convolution, Dora, Linear, Stacked, TokenRows, Update, same_bits
+
+EMBEDDINGS = INPUT_EMBEDDINGS + OUTPUT_EMBEDDINGS
+
+_OTHER = "is this adapter for another model?"
+_IN_MEMORY = "merge it in memory, with loracle.torch_impl.merge"
+
+
+def plan_replacements(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, NDArray[Any]]:
+    """Return the whole tensors of the adapter that take the place of one of the checkpoint.
+
+    One with the bits of the checkpoint's own, as PEFT's copies of embeddings have, changes nothing and is
+    left out.
+
+    Raises:
+        TargetError, ShapeError, DTypeError: a tensor has no place, or its place is another tensor's too; the
+            message names it.
+    """
+    changed = {}
+    weights = {weight_name(checkpoint, path, pair) for path, pair in adapter.pairs.items()}
+    for name, array in adapter.tensors.items():
+        tied = checkpoint.tied and is_module(name, EMBEDDINGS)
+        if name not in checkpoint:
+            if tied and any(same_bits(array, other) for other in _stored_embeddings(checkpoint, adapter)):
+                continue  # the output layer's copy of the one stored tensor
+            raise TargetError(f"{name}: the model has no such tensor, the adapter replaces it; {_OTHER}")
+        own = checkpoint.tensor(name)
+        unchanged = same_bits(array, own)
+        checkpoint.release(name)
+        if unchanged:
+            continue
+        if array.shape != own.shape:
+            raise ShapeError(
+                f"{name}: the model's shape is {own.shape}, the adapter's {array.shape}; resize the model's "
+                f"vocabulary first, if that is what the adapter was trained with"
+            )
+        if name in weights:
+            raise TargetError(
+                f"{name}: the adapter was trained on other numbers than the model's, and brings them along; "
+                f"{_OTHER}"
+            )
+        if tied and not adapter.config.ensure_weight_tying:
+            raise TargetError(
+                f"{name}: input and output embeddings of this model are one tensor, and the adapter replaces "
+                f"one of them; train it with ensure_weight_tying"
+            )
+        if array.dtype != own.dtype and not (array.dtype in FLOATS and own.dtype in FLOATS):
+            raise DTypeError(
+                f"{name}: the model's dtype is {own.dtype}, the adapter's {array.dtype}; {_OTHER}"
+            )
+        changed[name] = array
+    return changed
+
+
+def plan_updates(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Update]:
+    """Return what happens to each weight that has a pair or trained rows, and to each bias.
+
+    Raises:
+        TargetError: a pair finds no weight of its shape; the weight is tied to another one; or the files do
+            not say how to merge it. The message names the tensor.
+        ConfigError: a stacked parameter has no name yet.
+        DTypeError: a weight is not a floating-point tensor, as in a quantised checkpoint.
+    """
+    updates: dict[str, Update] = {}
+    for path, pair in adapter.pairs.items():
+        if pair.kind == "parameter" and not adapter.config.targets_parameter(path):
+            raise ConfigError(
+                f"{path}: expected a stacked parameter's name, which an adapter's file does not hold; name "
+                f"it with name_parameters"
+            )
+        name = weight_name(checkpoint, path, pair)
+        _refuse_tied(checkpoint, name, path)
+        _check_weight(checkpoint, name, f"a pair for shape {pair.shape}")
+        updates[name] = _update(checkpoint, name, path, adapter)
+        if pair.bias is not None:
+            updates[_bias_name(checkpoint, name, pair)] = Bias(pair)
+    for path, rows in adapter.tokens.items():
+        indices = adapter.config.token_indices_of(path)
+        if indices:
+            updates[f"{path}.weight"] = _token_rows(checkpoint, path, indices, rows)
+    return updates
+
+
+def weight_name(checkpoint: Checkpoint, path: str, pair: LoraPair) -> str:
+    """Return the name of the tensor that a pair belongs to."""
+    if pair.kind == "parameter":
+        return path
+    attention = f"{path}.in_proj_weight"  # of a MultiheadAttention
+    return attention if attention in checkpoint else f"{path}.weight"
+
+
+def _update(checkpoint: Checkpoint, name: str, path: str, adapter: Adapter) -> Update:
+    """Return how a pair changes its weight."""
+    pair, shape = adapter.pairs[path], checkpoint.shape(name)
+    if pair.kind == "parameter" and len(shape) == 3:
+        return _stacked(shape, name, adapter.config.rank_of(path), pair)
+    # PEFT's fan_in_fan_out is for the layers that store (in, out); beside them it may adapt others
+    stored_turned = pair.kind == "linear" and adapter.config.fan_in_fan_out and shape == pair.shape[::-1]
+    if stored_turned and shape == pair.shape and _has_straight(checkpoint, adapter):
+        raise TargetError(
+            f"{name}: stored (out, in) or (in, out), which its shape {shape} does not tell, and the adapter "
+            f"has layers of both; {_IN_MEMORY}"
+        )
+    if shape != pair.shape and not stored_turned:
+        raise TargetError(f"{name}: the model's shape is {shape}, the adapter's {pair.shape}; {_OTHER}")
+    turned = stored_turned or pair.kind == "embedding"
+    if pair.magnitude is None:
+        return Convolution(pair) if pair.kind == "convolution" else Linear(pair, turned)
+    if turned:
+        raise TargetError(
+            f"{name}: expected rows that each have a magnitude, got DoRA on a weight stored (in, out), which "
+            f"takes all of its rows at once; {_IN_MEMORY}"
+        )
+    return Dora(pair)
+
+
+def _has_straight(checkpoint: Checkpoint, adapter: Adapter) -> bool:
+    """Whether the adapter has a linear layer whose weight can only be stored (out, in)."""
+    names = {path: weight_name(checkpoint, path, pair) for path, pair in adapter.pairs.items()}
+    return any(
+        pair.kind == "linear"
+        and pair.shape != pair.shape[::-1]
+        and names[path] in checkpoint
+        and checkpoint.shape(names[path]) == pair.shape
+        for path, pair in adapter.pairs.items()
+    )
+
+
+def _stacked(shape: tuple[int, ...], name: str, rank: int, pair: LoraPair) -> Stacked:
+    experts, *matrix = shape
+    outputs, inputs = pair.shape
+    if pair.r != experts * rank or sorted(matrix) != sorted(pair.shape):
+        raise TargetError(
+            f"{name}: the model's shape is {shape}, the adapter has {pair.r / rank:g} weights of "
+            f"{pair.shape}; {_OTHER}"
+        )
+    if outputs == inputs:
+        raise TargetError(
+            f"{name}: stored (E, out, in) or (E, in, out), which its shape {shape} does not tell; "
+            f"{_IN_MEMORY}"
+        )
+    return Stacked(pair, experts, turned=matrix == [inputs, outputs])
+
+
+def _bias_name(checkpoint: Checkpoint, weight: str, pair: LoraPair) -> str:
+    name = f"{weight.removesuffix('weight')}bias"
+    _check_weight(checkpoint, name, "a bias of lora_B, and the merged layer would need one")
+    if checkpoint.shape(name) != pair.B.shape[:1]:
+        raise TargetError(
+            f"{name}: the model's shape is {checkpoint.shape(name)}, the adapter's {pair.B.shape[:1]}; "
+            f"{_OTHER}"
+        )
+    return name
+
+
+def _token_rows(checkpoint: Checkpoint, path: str, indices: tuple[int, ...], rows: NDArray[Any]) -> TokenRows:
+    """Return the rows of an embedding; one that is tied gets them for both, as PEFT has it."""
+    name = f"{path}.weight"
+    _check_weight(checkpoint, name, f"rows of shape {rows.shape}")
+    if checkpoint.tied and sum(is_module(other, EMBEDDINGS) for other in checkpoint.names) > 1:
+        raise TargetError(
+            f"{name}: input and output embeddings of this model are one tensor, and the checkpoint holds it "
+            f"twice; save the model again with transformers, which writes it once"
+        )
+    shape = checkpoint.shape(name)
+    if len(shape) != 2 or shape[1] != rows.shape[1] or max(indices) >= shape[0]:
+        raise TargetError(
+            f"{name}: the model's shape is {shape}, the adapter has rows of {rows.shape[1]} for tokens up to "
+            f"{max(indices)}; {_OTHER}"
+        )
+    return TokenRows(indices, rows)
+
+
+def _stored_embeddings(checkpoint: Checkpoint, adapter: Adapter) -> list[NDArray[Any]]:
+    """Return what the checkpoint's own embeddings become, or are."""
+    names = [name for name in checkpoint.names if is_module(name, EMBEDDINGS)]
+    return [adapter.tensors.get(name, checkpoint.tensor(name)) for name in names]
+
+
+def _refuse_tied(checkpoint: Checkpoint, name: str, path: str) -> None:
+    if checkpoint.tied and is_module(name, EMBEDDINGS):
+        raise TargetError(
+            f"{name}: input and output embeddings of this model are one tensor, so merging into {path} would "
+            f"change both; train the adapter without {path}"
+        )
+
+
+def _check_weight(checkpoint: Checkpoint, name: str, what: str) -> None:
+    if name not in checkpoint:
+        raise TargetError(f"{name}: the model has no such tensor, the adapter has {what}; {_OTHER}")
+    if checkpoint.dtype(name) not in FLOATS:
+        raise DTypeError(
+            f"{name}: expected a floating-point weight to merge into, got {checkpoint.dtype(name)}; "
+            f"use the checkpoint before quantisation"
+        )

@@ -1,0 +1,135 @@
+"""`LoraLinear`: a frozen linear layer with trainable low-rank updates beside it."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loracle.reference import ConfigError, LowRank, TargetError, merge_adapters, merge_bias
+
+from .arrays import array_of
+from .dropout import SeededDropout, drawn_dropout, multiplier
+from .function import Member, Term, compute_dtype, lora_products
+from .layer import LoraLayer
+from .shared_input import Sharing
+from .starts import linear_update
+from .update import LoraUpdate, UpdateOptions
+
+
+class LoraLinear(LoraLayer):
+    """``y = x W0^T + bias + sum over adapters of scaling * (dropout(x) lora_A^T + lora_bias) lora_B^T``.
+
+    The bias of lora_B is added after it, ``scaling * lora_bias``. ``lora_A`` is (r, in), ``lora_B`` (out, r),
+    both float32 whatever the base's dtype, or float64 beside a float64 base. ``lora_B`` starts at zero
+    unless ``init_lora_weights`` says otherwise, so a fresh layer computes what its base does. For the dtype
+    of the products see `loracle.torch_impl.lora_linear`.
+
+    Args:
+        base_layer: the layer to adapt, an ``nn.Linear`` or a transformers ``Conv1D``, whose weight is stored
+            (in, out); its parameters are frozen.
+
+    Raises:
+        TargetError: another kind of layer.
+
+    Source: LoRA, arXiv 2106.09685, section 4.1; with a bias of lora_B, PEFT's ``lora_bias``.
+    """
+
+    kind = "linear"
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        if not isinstance(base_layer, nn.Linear | Conv1D):
+            raise TargetError(
+                f"base_layer: expected nn.Linear or Conv1D, got {type(base_layer).__name__}; "
+                "target linear layers"
+            )
+        super().__init__(base_layer)
+        self.fan_in_fan_out = isinstance(base_layer, Conv1D)
+        self.sharing: Sharing | None = None
+
+    @property
+    def matrix(self) -> Tensor:
+        """The base layer's weight as (out, in)."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    @property
+    def in_features(self) -> int:
+        """Length of x's last dimension."""
+        return int(self.matrix.shape[1])
+
+    @property
+    def out_features(self) -> int:
+        """Length of y's last dimension."""
+        return int(self.matrix.shape[0])
+
+    def start(self, options: UpdateOptions, generator: torch.Generator | None) -> LoraUpdate:
+        """Return a new adapter; see `loracle.torch_impl.starts.linear_update`."""
+        if options.use_dora:
+            raise ConfigError("use_dora: expected False for this layer, got True; it has no magnitude")
+        bias = None
+        if options.lora_bias:
+            bias = torch.zeros(self.out_features, device=self.weight.device, dtype=torch.float32)
+        return linear_update(self.matrix, options, generator, lora_bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (..., in) to (..., out)."""
+        if self.merged or not self.updates:
+            y: Tensor = self.base_layer(x)
+            return y
+        shared = None if self.sharing is None else self.sharing.take(self, x)
+        if shared is not None:
+            return shared
+        return lora_products(x, (self.member(),), self.terms(0, x))[0]
+
+    @property
+    def is_low_rank(self) -> bool:
+        """Whether the layer now computes its base's product and `terms`, at least one, and nothing else."""
+        return bool(self.updates)
+
+    def member(self) -> Member:
+        """Return the frozen part, for `lora_products`."""
+        return Member(self.matrix, self.bias)
+
+    def terms(self, member: int, x: Tensor) -> list[Term]:
+        """Return the active adapters' updates of the given member, for `lora_products`, dropout drawn."""
+        terms = []
+        for update in self.updates:
+            dropout = self._draw(update, x)
+            terms.append(
+                Term(member, update.lora_A, update.lora_B, update.scaling, update.lora_bias, dropout=dropout)
+            )
+            if update.start is not None:
+                terms.append(Term(member, *update.start, update.scaling, dropout=dropout))
+        return terms
+
+    def _draw(self, update: LoraUpdate, x: Tensor) -> SeededDropout | Tensor | None:
+        p = update.options.dropout
+        if not self.training or p == 0.0:
+            return None
+        # A compiled graph has no generators of its own; it draws and keeps masks as its compiler sees fit.
+        return multiplier(x, p, compute_dtype(x)) if torch.compiler.is_compiling() else drawn_dropout(p)
+
+    def merged_arrays(self, names: Sequence[str], label: str) -> dict[str, NDArray[Any]]:
+        """See `LoraLayer.merged_arrays`; a bias appears where a bias of lora_B is to go."""
+        adapters = [self.low_rank(name) for name in names]
+        merged = {
+            "weight": merge_adapters(
+                array_of(self.base_weight),
+                adapters,
+                fan_in_fan_out=self.fan_in_fan_out,
+                name=f"{label}.weight",
+            )
+        }
+        if any(adapter.bias is not None for adapter in adapters):
+            bias = self.bias if self.bias is not None else self.weight.new_zeros(self.out_features)
+            merged["bias"] = merge_bias(array_of(bias), adapters, name=f"{label}.bias")
+        return merged
+
+    def low_rank(self, name: str) -> LowRank:
+        """Return the named adapter's whole update."""
+        update = self.update(name)
+        A, B = update.matrices()
+        bias = None if update.lora_bias is None else array_of(update.lora_bias)
+        return LowRank(array_of(A), array_of(B), update.scaling, bias=bias)

@@ -1,0 +1,236 @@
+"""Which of a model's modules and parameters a configuration speaks of."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loracle.files import LoraConfig
+from loracle.files.matching import matches
+from loracle.reference import ConfigError, TargetError
+
+from .architectures import attention_targets, default_targets
+from .layer import LoraLayer
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What an adapter gets to do in a model.
+
+    Attributes:
+        config: with shorthands resolved to names, so that PEFT understands it.
+        modules: paths of the modules to adapt, in the model's order.
+        parameters: full names of the stacked parameters to adapt, in the model's order.
+        tied: paths of modules that share the weight of a module to adapt, by that module's path; the one
+            update counts in both.
+    """
+
+    config: LoraConfig
+    modules: tuple[str, ...]
+    parameters: tuple[str, ...]
+    tied: Mapping[str, str]
+
+
+def parse_targets(text: str) -> tuple[str, ...] | str:
+    """Return the ``target_modules`` that a comma-separated list of names, or one of the shorthands, stands
+    for.
+
+    Raises:
+        ConfigError: no name is given.
+    """
+    if text in ("attention", "all-linear"):
+        return text
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ConfigError(
+            f"targets: expected names of linear layers, got {text!r}; name some, or say all-linear"
+        )
+    return names
+
+
+def base_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the model's modules by path as they were before anything was injected, in the model's order.
+
+    A module that occurs twice has both its paths.
+    """
+    modules: dict[str, nn.Module] = {}
+    inside: str | None = None
+    for path, module in model.named_modules(remove_duplicate=False):
+        if inside is not None and path.startswith(inside):
+            outer, within = inside.removesuffix("."), path.removeprefix(inside)
+            if within == "base_layer":
+                modules[outer] = module
+            elif within.startswith("base_layer."):
+                modules[f"{outer}.{within.removeprefix('base_layer.')}"] = module
+        else:
+            inside = f"{path}." if isinstance(module, LoraLayer) else None
+            modules[path] = module
+    return modules
+
+
+def is_plain_linear(module: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether calling the module, and nothing else, is what computes ``x W^T + b``."""
+    plain = (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or (
+        isinstance(module, Conv1D) and type(module).forward is Conv1D.forward
+    )
+    # MultiheadAttention reads out_proj.weight and never calls the module.
+    return plain and not isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def output_embedding(model: nn.Module) -> nn.Module | None:
+    """Return the layer that maps hidden states to logits, where the model has transformers' getter for it."""
+    getter = getattr(model, "get_output_embeddings", None)
+    module = getter() if callable(getter) else None
+    if isinstance(module, LoraLayer):
+        return module.base_layer
+    return module if isinstance(module, nn.Module) else None
+
+
+def resolve_targets(model: nn.Module, config: LoraConfig) -> Targets:
+    """Return what `inject` adapts; see there."""
+    modules = base_modules(model)
+    config = _named(model, config, modules)
+    matched = [path for path in modules if path and config.targets(path)] if config.target_modules else []
+    parameters = _parameters(modules, config)
+    if not matched and not parameters:
+        raise TargetError(
+            f"target_modules: expected the name of a linear layer, got {_shown(config.target_modules)}, "
+            f"which no module matches; candidates: {_candidates(modules) or 'none, no layer is linear'}"
+        )
+    for path in matched:
+        _check_kind(path, modules)
+        outer = path.rpartition(".")[0]
+        if _is_out_proj(path, modules) and outer not in matched:
+            raise TargetError(
+                f"{path}: expected a layer that the model calls, got a part of an nn.MultiheadAttention, "
+                f"which reads its weight alone; name the whole module, {outer}"
+            )
+    tied = _tied(matched, modules, config)
+    matched = [path for path in matched if path not in tied and not _is_out_proj(path, modules)]
+    if any(isinstance(modules[path], Conv1D) for path in matched) != config.fan_in_fan_out:
+        # It says how a weight is stored, which the model's class decides.
+        config = replace(config, fan_in_fan_out=not config.fan_in_fan_out)
+    return Targets(config, tuple(matched), parameters, tied)
+
+
+def _named(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
+    """Resolve the shorthands of ``target_modules``."""
+    linear = [path for path, module in modules.items() if path and is_plain_linear(module, path, modules)]
+    if config.target_modules is None and config.target_parameters:
+        return config
+    if config.target_modules is None:
+        names = default_targets(getattr(getattr(model, "config", None), "model_type", None), linear)
+        if not names:
+            raise TargetError(
+                f"target_modules: expected names of layers for {type(model).__name__}, which has no default, "
+                f"got None; candidates: {_candidates(modules) or 'none, no layer is linear'}"
+            )
+        return replace(config, target_modules=names)
+    if config.names_attention:
+        names = attention_targets(linear)
+        if not names:
+            raise TargetError(
+                f"target_modules: expected an architecture of known attention, got "
+                f"{type(model).__name__}; name its layers, candidates: {_candidates(modules)}"
+            )
+        return replace(config, target_modules=names)
+    return _every_linear(model, config, modules, linear) if config.names_all_linear else config
+
+
+def _every_linear(
+    model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module], linear: Iterable[str]
+) -> LoraConfig:
+    """Name every linear layer but the output's: by last components where they suffice, else by path."""
+    output = output_embedding(model)
+    paths = tuple(
+        path
+        for path in linear
+        if modules[path] is not output and config.targets(path) and not config.saves(path)
+    )
+    if not paths:
+        return config
+    named = replace(config, target_modules=tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths)))
+    if {path for path in modules if path and named.targets(path)} == set(paths):
+        return named
+    return replace(config, target_modules=paths)
+
+
+def _parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> tuple[str, ...]:
+    """Return the names of the parameters that ``target_parameters`` matches.
+
+    Raises:
+        TargetError: one of its entries matches none.
+    """
+    found = []
+    for path, module in modules.items():
+        for name, _ in module.named_parameters(recurse=False):
+            full = f"{path}.{name}" if path else name
+            if config.targets_parameter(full):
+                found.append(full)
+    for entry in config.target_parameters or ():
+        if not any(matches(full, (entry,)) for full in found):
+            raise TargetError(
+                f"target_parameters: expected names of a model's parameters, got {entry!r}, "
+                "which none matches; name the module and the parameter, as in mlp.experts.down_proj"
+            )
+    return tuple(found)
+
+
+def _check_kind(path: str, modules: Mapping[str, nn.Module]) -> None:
+    module = modules[path]
+    adaptable = (
+        is_plain_linear(module, path, modules)
+        or isinstance(module, (nn.Embedding, *CONVOLUTIONS, nn.MultiheadAttention))
+        or _is_out_proj(path, modules)
+    )
+    if not adaptable:
+        raise TargetError(
+            f"{path}: expected a linear, embedding, convolution or nn.MultiheadAttention layer that the "
+            f"model calls, got {type(module).__name__}; candidates: {_candidates(modules)}"
+        )
+
+
+def _is_out_proj(path: str, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the module is a MultiheadAttention's output projection, which is adapted with it."""
+    return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
+
+
+def _tied(matched: Iterable[str], modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
+    """Return which other modules share the weight of a matched one.
+
+    Raises:
+        TargetError: one is shared, and ``ensure_weight_tying`` does not say that its update is.
+    """
+    owners: dict[int, list[str]] = defaultdict(list)
+    for path, module in modules.items():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].append(path)
+    tied: dict[str, str] = {}
+    for path in matched:
+        weight = getattr(modules[path], "weight", None)
+        others = [owner for owner in owners[id(weight)] if owner != path] if weight is not None else []
+        if others and path not in tied:
+            if not config.ensure_weight_tying:
+                raise TargetError(
+                    f"{path}.weight: expected a weight of its own, got one tied to {others[0]}; a merge "
+                    "would change both: leave it out of the targets, or set ensure_weight_tying for one "
+                    "update that counts in both"
+                )
+            tied |= dict.fromkeys(others, path)
+    return tied
+
+
+def _candidates(modules: Mapping[str, nn.Module]) -> str:
+    counts: dict[str, int] = defaultdict(int)
+    for path, module in modules.items():
+        if path and is_plain_linear(module, path, modules):
+            counts[path.rpartition(".")[2]] += 1
+    return ", ".join(f"{name} ({count})" if count > 1 else name for name, count in counts.items())
+
+
+def _shown(targets: tuple[str, ...] | str | None) -> str:
+    return ", ".join(map(repr, targets)) if isinstance(targets, tuple) else repr(targets)
