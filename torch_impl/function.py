@@ -255,7 +255,7 @@ class _LoraProducts(torch.autograd.Function):
             for stack, multiplier, A, H in zip(stacks, given, stacked, Hs, strict=True):
                 own = range(term, term + len(stack.places))
                 term += len(stack.places)
-                parts = [None if dy is None else _rows(dy, p) for p in stack.places for dy in (dys[p.member],)]
+                parts = [_rows_of(dys[place.member], place) for place in stack.places]
                 scaling = stack.scaling * _factor(stack)
                 train_A = any(need_A[i] for i in own)
                 if need_x or train_A:
@@ -299,6 +299,10 @@ def _stacked(matrices: Sequence[Any]) -> Tensor:
 
 def _rows(y: Tensor, place: _Place) -> Tensor:
     return y if place.rows is None else y[:, place.rows[0] : place.rows[1]]
+
+
+def _rows_of(dy: Tensor | None, place: _Place) -> Tensor | None:
+    return None if dy is None else _rows(dy, place)
 
 
 def _factor(stack: _Stack) -> float:
