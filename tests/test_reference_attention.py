@@ -278,6 +278,7 @@ def test_softmax_is_the_exponentials_over_their_sum(dtype):
     mask = np.array([[1, 1, 0], [1, 1, 1], [1, 0, 0]], bool)
     assert softmax(scores, mask).tolist() == [[0.5, 0.5, 0], [0.5, 0.5, 0], [1, 0, 0]]
     assert softmax(scores, mask).dtype == dtype
+    assert softmax(scores[1]).tolist() == [0.5, 0.5, 0]
     gaussians = np.random.default_rng(0).standard_normal((3, 4, 5)).astype(dtype)
     wide = np.exp(gaussians.astype(float))
     u = 2.0 ** -next(form.precision for form in FORMATS if form.dtype == dtype)
@@ -302,7 +303,7 @@ def test_softmax_refuses_what_it_has_no_value_for():
         softmax(ones.astype(object))
     with pytest.raises(DTypeError, match=r"^scores: expected one of float16.*got dtype\('int64'\)"):
         softmax(ones.astype(np.int64))
-    for shape in ((), (2, 0)):
+    for shape in ((), (2, 0), (2, 1, 0)):
         with pytest.raises(
             ShapeError, match=r"^scores: expected \(\.\.\., T\) with T above 0, got \(.*\); give a key$"
         ):

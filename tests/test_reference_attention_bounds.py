@@ -590,6 +590,20 @@ def test_every_part_of_a_block_has_its_share_in_the_bounds(part):
         assert not np.array_equal(changed[name], bounds[name]), name
 
 
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_the_gradient_of_x_has_the_bound_of_each_projection_it_comes_through(part):
+    """The other two projections are their biases alone, so nothing comes through them."""
+    block = gaussian_block(5, n=1, length=4, d=5, heads=(2, 1, 4), adapters=1, dtype=F32)
+    for name in {"q", "k", "v"} - {part}:
+        own = getattr(block.projections, name)
+        block = block.with_projection(name, W0=np.zeros_like(own.W0), adapters=())
+    dx = bounds_of(block, F32)["dx"]
+    heavy = bounds_of(block._replace(dy=block.dy * F32.type(1024)), F32)["dx"]
+    assert (heavy > 1000 * dx).all()
+    assert (dx > U32 * np.abs(everything(block)["dx"])).all()
+    assert not outside({"dx": everything(block)["dx"]}, block, F32)
+
+
 def test_the_adapters_bias_moves_the_context_and_with_it_the_output():
     block = gaussian_block(3, n=1, length=4, d=5, heads=(2, 1, 4), adapters=1, dtype=F32)
     own = block.projections.v.adapters[0]
