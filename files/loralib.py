@@ -166,8 +166,8 @@ def _convolution(path: str, A: Array, B: Array, r: int) -> tuple[Array, Array]:
     k, rest = divmod(len(A), r)
     if rest or not k or A.shape[1] % k or len(B) % k or B.shape[1] != len(A):
         raise ShapeError(
-            f"{path}: expected lora_A ({r} * k, in * k) and lora_B (out * k, {r} * k) of a convolution with a "
-            f"k x k kernel and one group, got {A.shape} and {B.shape}; correct r, or train without it"
+            f"{path}: expected lora_A ({r} * k, in * k) and lora_B (out * k, {r} * k) of a convolution with "
+            f"a k x k kernel and one group, got {A.shape} and {B.shape}; correct r, or train without it"
         )
     inputs, outputs = A.shape[1] // k, len(B) // k
     spread = np.zeros((k, len(A), k, A.shape[1]), A.dtype)

@@ -154,6 +154,10 @@ def _stacked(shape: tuple[int, ...], name: str, rank: int, pair: LoraPair) -> St
 
 
 def _bias_name(checkpoint: Checkpoint, weight: str, pair: LoraPair) -> str:
+    """Return the name of the bias that lora_B's is added to.
+
+    PEFT gives a MultiheadAttention's in_proj one too, of zeros, and neither adds nor trains it.
+    """
     name = f"{weight.removesuffix('weight')}bias"
     _check_weight(checkpoint, name, "a bias of lora_B, and the merged layer would need one")
     if checkpoint.shape(name) != pair.B.shape[:1]:

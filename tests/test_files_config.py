@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
 from refusal import refused
 
 from loracle.files import LoraConfig
@@ -301,14 +300,14 @@ REMEDY = "; correct the adapter's config"
         ),
         (
             {"init_lora_weights": "pissa_niter_16"},
-            "init_lora_weights: 'pissa_niter_16' changes the base weights by a randomised approximation, which "
-            "nothing can do again; train with 'pissa', or convert the adapter with PEFT's "
+            "init_lora_weights: 'pissa_niter_16' changes the base weights by a randomised approximation, "
+            "which nothing can do again; train with 'pissa', or convert the adapter with PEFT's "
             "path_initial_model_for_weight_conversion",
         ),
         (
             {"init_lora_weights": "corda"},
-            "init_lora_weights: 'corda' changes the base weights and is not supported, expected true, false or "
-            "one of eva, gaussian, mica, olora, orthogonal, pissa; convert the adapter with PEFT's "
+            "init_lora_weights: 'corda' changes the base weights and is not supported, expected true, false "
+            "or one of eva, gaussian, mica, olora, orthogonal, pissa; convert the adapter with PEFT's "
             "path_initial_model_for_weight_conversion",
         ),
     ],
@@ -379,8 +378,8 @@ def test_the_word_attention_is_resolved_before_peft_sees_it() -> None:
     refused(
         LoraConfig(target_modules="attention").to_json,
         ConfigError,
-        "target_modules: expected names, got the word 'attention', which PEFT has not; resolve it against the "
-        "model first",
+        "target_modules: expected names, got the word 'attention', which PEFT has not; resolve it against "
+        "the model first",
     )
 
 
