@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,8 @@ from typer.testing import CliRunner
 
 from loracle.cli.app import app
 from loracle.cli.guard import one_line_errors
+from loracle.reference import ConfigError
+from loracle.torch_impl import FinetuneOptions
 
 RUNNER = CliRunner()
 
@@ -59,6 +62,50 @@ def test_the_chain_from_base_to_answer(made: Path, tmp_path: Path) -> None:
     assert code == 0
     assert 1 <= len(json.loads(out)["tokens"]) <= 3
     assert {path.name: path.read_bytes() for path in (made / "base").iterdir()} == before
+
+
+def test_finetune_hands_every_option_on(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each option under its own name, with a value that is not its default."""
+    import loracle.torch_impl
+
+    given = {
+        "task": "causal-lm",
+        **{"rank": 3, "alpha": 5.0, "dropout": 0.25, "epochs": 2.0, "max_steps": 7, "lr": 0.5},
+        **{"loraplus_ratio": 4.0, "loraplus_lr_embedding": 0.125, "weight_decay": 0.1, "adam_beta1": 0.8},
+        **{"adam_beta2": 0.9, "adam_epsilon": 0.01, "max_grad_norm": 2.0, "schedule": "constant"},
+        **{"warmup": 0.5, "batch_size": 3, "gradient_accumulation": 2, "gradient_checkpointing": True},
+        **{"chunked_loss": True, "packing": True, "mask_probability": 0.5, "max_length": 99, "seed": 6},
+        **{"bf16": True, "fsdp": True, "eval_data": tmp_path / "e", "eval_steps": 4},
+        **{"early_stopping_patience": 5, "save_steps": 8, "resume": True, "tensorboard": tmp_path / "t"},
+    }
+    named = {"model": str(made / "base"), "data": made / "data.jsonl", "out": tmp_path / "o"}
+    seen: list[FinetuneOptions] = []
+
+    def finetune(options: FinetuneOptions, progress: object) -> None:
+        seen.append(options)
+        raise ConfigError("seen")
+
+    monkeypatch.setattr(loracle.torch_impl, "finetune", finetune, raising=False)
+    arguments: list[object] = ["--targets", "k_proj"]
+    for name, value in {**named, **given}.items():
+        arguments += [f"--{name.replace('_', '-')}", *([] if value is True else [value])]
+    assert call("finetune", *arguments)[0] == 2
+    assert seen == [FinetuneOptions(**named, **given, targets=("k_proj",))]
+    default = FinetuneOptions(**named)
+    assert {name for name in vars(default) if vars(default)[name] == vars(seen[0])[name]} == {*named, "task"}
+
+
+def test_finetune_tells_of_held_out_data(made: Path, tmp_path: Path) -> None:
+    common = ("finetune", "--model", made / "base", "--data", made / "data.jsonl", "--max-steps", 2)
+    held_out = ("--eval-data", made / "data.jsonl", "--eval-steps", 1, "--no-bf16")
+    code, out, _ = call(*common, *held_out, "--out", tmp_path / "one")
+    assert code == 0
+    assert re.search(r"held out: loss \d\.\d+ to \d\.\d+ at step 2, perplexity \d+\.\d+", out)
+    code, out, _ = call(*common, *held_out, "--out", tmp_path / "two", "--json")
+    assert code == 0
+    result = json.loads(out)
+    assert [one["step"] for one in result["evaluations"]] == [0, 1, 2]
+    assert (result["task"], result["best_step"], result["world_size"]) == ("causal-lm", 2, 1)
 
 
 def test_a_failed_check_is_exit_code_1_and_names_the_tensor(made: Path, tmp_path: Path) -> None:
@@ -109,6 +156,27 @@ BAD: dict[str, tuple[Callable[[Path, Path], list[object]], str]] = {
     "existing out of finetune": (
         lambda r, t: ["finetune", "--model", r / "base", "--data", r / "data.jsonl", "--out", t / "full"],
         "not empty",
+    ),
+    "schedule": (
+        lambda r, t: [
+            *("finetune", "--model", r / "base", "--data", r / "data.jsonl"),
+            *("--schedule", "sawtooth", "--out", t / "o"),
+        ],
+        "linear, cosine, constant",
+    ),
+    "task": (
+        lambda r, t: [
+            *("finetune", "--model", r / "base", "--data", r / "data.jsonl"),
+            *("--task", "chess", "--out", t / "o"),
+        ],
+        "masked-lm",
+    ),
+    "patience without held-out data": (
+        lambda r, t: [
+            *("finetune", "--model", r / "base", "--data", r / "data.jsonl"),
+            *("--early-stopping-patience", 2, "--out", t / "o"),
+        ],
+        "eval_data",
     ),
     "dtype": (
         lambda r, t: ["export", "--model", r / "base", "--dtype", "int3", "--out", t / "o"],

@@ -3,12 +3,29 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from loracle.files import Adapter, LoraConfig
 from loracle.reference import ConfigError, FileError
-from loracle.torch_impl.checkpoints import Checkpoints
+from loracle.torch_impl.checkpoints import Checkpoints, State
+from loracle.torch_impl.curve import Curve, Evaluation, Step
 
 RUN = {"seed": 1, "lr": 0.5}
+
+
+def adapter(value: float) -> Adapter:
+    matrices = np.full((1, 2), value, np.float32), np.full((3, 1), value, np.float32)
+    return Adapter.from_arrays(LoraConfig(r=1, target_modules=("q_proj",)), {"q_proj": matrices})
+
+
+def state(steps: int, best: float | None = None) -> State:
+    """The state of a run after ``steps`` steps."""
+    made = [Step(number, number / 3, 1 / number, 0.1, 2.0) for number in range(1, steps + 1)]
+    optimizer = {"q/step": torch.tensor(float(steps)), "q/exp_avg": torch.arange(4.0).reshape(2, 2) / 3}
+    kept = None if best is None else adapter(best)
+    return State(Curve(made, [Evaluation(1, 0.1, {"accuracy": 0.3})]), adapter(steps), kept, optimizer)
 
 
 def interrupted(out: Path, *steps: int) -> Checkpoints:
@@ -16,24 +33,56 @@ def interrupted(out: Path, *steps: int) -> Checkpoints:
     checkpoints = Checkpoints(out)
     checkpoints.open(RUN, resume=False)
     for step in steps:
-        (checkpoints.staging / f"checkpoint-{step}").mkdir(parents=True)
-        checkpoints.commit(f"checkpoint-{step}")
-    (checkpoints.staging / "checkpoint-999").mkdir(parents=True)
+        checkpoints.save(state(step))
     checkpoints.close(success=False)
     return checkpoints
+
+
+@pytest.mark.parametrize("best", [None, 0.5])
+def test_a_state_comes_back_whole(tmp_path: Path, best: float | None) -> None:
+    checkpoints = interrupted(tmp_path / "out")
+    checkpoints.open(RUN, resume=False)
+    written = state(3, best)
+    checkpoints.save(written)
+    read = checkpoints.open(RUN, resume=True)
+    assert read is not None
+    assert read.curve == written.curve
+    for one, other in ((read.adapter, written.adapter), (read.best, written.best)):
+        assert (one is None) == (other is None)
+        if one is not None and other is not None:
+            assert one.config == other.config
+            assert np.array_equal(one.pairs["q_proj"].A, other.pairs["q_proj"].A)
+    assert set(read.optimizer) == set(written.optimizer)
+    for name, value in read.optimizer.items():
+        assert value.dtype is torch.float32
+        assert torch.equal(value, written.optimizer[name])
 
 
 def test_the_latest_checkpoint_is_found_and_the_earlier_are_gone(tmp_path: Path) -> None:
     checkpoints = interrupted(tmp_path / "out", 9, 10)
     assert sorted(path.name for path in checkpoints.folder.iterdir()) == ["checkpoint-10", "run.json"]
-    assert checkpoints.open(RUN, resume=True) == tmp_path / "out.checkpoints" / "checkpoint-10"
+    read = checkpoints.open(RUN, resume=True)
+    assert read is not None
+    assert read.curve.done == 10
 
 
 def test_the_latest_is_the_one_of_the_most_steps(tmp_path: Path) -> None:
     """Two are there when the machine stopped between the arrival of one and the removal of the other."""
     checkpoints = interrupted(tmp_path / "out", 10)
     (checkpoints.folder / "checkpoint-9").mkdir()
-    assert checkpoints.open(RUN, resume=True) == checkpoints.folder / "checkpoint-10"
+    read = checkpoints.open(RUN, resume=True)
+    assert read is not None
+    assert read.curve.done == 10
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    checkpoints = interrupted(tmp_path / "out", 3)
+    (checkpoints.folder / ".checkpoint-4.00ff.partial").mkdir()
+    (checkpoints.folder / ".run.json.00ff.partial").touch()
+    (checkpoints.folder / ".mine.partial").touch()
+    checkpoints.open(RUN, resume=True)
+    names = sorted(path.name for path in checkpoints.folder.iterdir())
+    assert names == [".mine.partial", "checkpoint-3", "run.json"]
 
 
 def test_without_a_checkpoint_a_run_starts_from_the_beginning(tmp_path: Path) -> None:
@@ -65,6 +114,14 @@ def test_a_folder_that_is_none_of_ours_is_not_trusted(tmp_path: Path, content: s
     if content is not None:
         record.write_text(content)
     with pytest.raises((FileError, ConfigError), match=r"out\.checkpoints"):
+        checkpoints.open(RUN, resume=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "optimizer.safetensors", "curve.json"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    checkpoints = interrupted(tmp_path / "out", 3)
+    (checkpoints.folder / "checkpoint-3" / name).write_bytes(b"{")
+    with pytest.raises(FileError, match=name):
         checkpoints.open(RUN, resume=True)
 
 

@@ -7,8 +7,10 @@ import torch
 from torch_fixtures import byte_tokenizer
 
 from loracle.reference import DataError
+from loracle.torch_impl.batches import IGNORED, collate
 from loracle.torch_impl.data import Completion, Conversation, Example, Text, Turn
-from loracle.torch_impl.encoding import IGNORED, Encoded, collate, encode, encode_all
+from loracle.torch_impl.encoded import EncodingSettings
+from loracle.torch_impl.encoding import Encoded, encode, encode_all, encode_causal
 
 
 def pieces(tokenizer: Any, encoded: Encoded | None) -> list[tuple[str, bool]]:
@@ -71,6 +73,14 @@ def test_without_a_template_prompt_and_completion_are_joined() -> None:
 def test_what_needs_a_template_says_so(example: Example) -> None:
     with pytest.raises(DataError, match=r"line 7: .*chat template"):
         encode(byte_tokenizer(template=None), example, 100)
+
+
+def test_a_message_names_the_file_where_it_is_known() -> None:
+    settings = EncodingSettings(100, "d.jsonl")
+    with pytest.raises(DataError, match=r"^d\.jsonl, line 7: messages: expected a tokenizer with a chat"):
+        encode_causal(byte_tokenizer(template=None), [Conversation(7, CONVERSATION.turns)], settings)
+    with pytest.raises(DataError, match=r"^d\.jsonl: expected prompts and completions of at most"):
+        encode_causal(byte_tokenizer(template=None), [Text(7, "x")], EncodingSettings(1, "d.jsonl"))
 
 
 def test_a_template_that_rewrites_earlier_turns_is_refused() -> None:

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from loracle.reference import ConfigError
+from loracle.reference import AdamWOptions, ConfigError
 from loracle.torch_impl import FinetuneOptions
+from loracle.torch_impl.optimizer import LoraPlus
+from loracle.torch_impl.tasks import task_named
 
 REQUIRED: dict[str, Any] = {"model": "m", "data": "d", "out": "o"}
 
@@ -19,7 +21,23 @@ WRONG: list[tuple[str, Any]] = [
     ("max_steps", 0),
     ("lr", 0.0),
     ("lr", float("nan")),
-    ("schedule", "constant"),
+    ("schedule", "polynomial"),
+    ("task", "translation"),
+    ("loraplus_ratio", 0.0),
+    ("loraplus_ratio", float("inf")),
+    ("loraplus_lr_embedding", -1.0),
+    ("weight_decay", -0.1),
+    ("adam_beta1", 1.0),
+    ("adam_beta2", -0.1),
+    ("adam_epsilon", float("nan")),
+    ("max_grad_norm", -1.0),
+    ("gradient_accumulation", 0),
+    ("mask_probability", 0.0),
+    ("mask_probability", 1.0),
+    ("eval_steps", 0),
+    ("eval_steps", 2),
+    ("early_stopping_patience", 0),
+    ("early_stopping_patience", 2),
     ("warmup", 1.0),
     ("warmup", -0.1),
     ("batch_size", 0),
@@ -39,8 +57,48 @@ def test_a_wrong_value_is_named(name: str, value: Any) -> None:
 
 
 def test_paths_may_be_given_as_strings() -> None:
-    options = FinetuneOptions(**REQUIRED, eval_data="e")  # type: ignore[arg-type]
+    options = FinetuneOptions(**REQUIRED, eval_data="e", tensorboard="t")  # type: ignore[arg-type]
     assert (options.data, options.out, options.eval_data) == (Path("d"), Path("o"), Path("e"))
+    assert options.tensorboard == Path("t")
+
+
+def test_what_belongs_to_causal_models_is_refused_elsewhere() -> None:
+    for name in ("packing", "chunked_loss"):
+        FinetuneOptions(**REQUIRED, **{name: True})
+        with pytest.raises(ConfigError, match=f"^{name}: expected task causal-lm, got masked-lm"):
+            FinetuneOptions(**REQUIRED, task="masked-lm", **{name: True})
+
+
+def test_evaluations_need_held_out_data() -> None:
+    for name in ("eval_steps", "early_stopping_patience"):
+        FinetuneOptions(**REQUIRED, eval_data=Path("e"), **{name: 2})
+        with pytest.raises(ConfigError, match=f"^{name}: expected eval_data"):
+            FinetuneOptions(**REQUIRED, **{name: 2})
+
+
+def test_the_optimizers_numbers_are_the_options() -> None:
+    numbers = {"lr": 0.5, "adam_beta1": 0.1, "adam_beta2": 0.2, "adam_epsilon": 0.3, "weight_decay": 0.4}
+    options = FinetuneOptions(**REQUIRED, **numbers, loraplus_ratio=8.0, loraplus_lr_embedding=0.7)
+    assert options.adamw() == AdamWOptions(0.5, (0.1, 0.2), 0.3, 0.4)
+    assert options.loraplus() == LoraPlus(8.0, 0.7)
+    plain = FinetuneOptions(**REQUIRED)
+    assert plain.adamw() == AdamWOptions(2e-3, weight_decay=0.0)
+    assert plain.loraplus() is None
+
+
+@pytest.mark.parametrize(
+    ("task", "peft"),
+    [
+        ("causal-lm", "CAUSAL_LM"),
+        ("masked-lm", None),
+        ("sequence-classification", "SEQ_CLS"),
+        ("token-classification", "TOKEN_CLS"),
+        ("seq2seq-lm", "SEQ_2_SEQ_LM"),
+    ],
+)
+def test_the_configuration_has_pefts_name_of_the_task(task: Any, peft: str | None) -> None:
+    assert FinetuneOptions(**REQUIRED, task=task).lora_config().task_type == peft
+    assert task_named(task).peft_type == peft
 
 
 def test_the_adapter_is_configured_by_the_options() -> None:
@@ -65,6 +123,21 @@ DECISIVE: list[tuple[str, Any]] = [
     ("seed", 5),
     ("dropout", 0.1),
     ("bf16", True),
+    ("task", "masked-lm"),
+    ("loraplus_ratio", 2.0),
+    ("loraplus_lr_embedding", 0.5),
+    ("weight_decay", 0.1),
+    ("adam_beta1", 0.5),
+    ("adam_beta2", 0.5),
+    ("adam_epsilon", 0.1),
+    ("max_grad_norm", 0.0),
+    ("gradient_accumulation", 2),
+    ("gradient_checkpointing", True),
+    ("chunked_loss", True),
+    ("packing", True),
+    ("mask_probability", 0.5),
+    ("fsdp", True),
+    ("eval_data", Path("e")),
 ]
 
 
@@ -73,6 +146,8 @@ def test_what_decides_the_run_is_part_of_its_identity(name: str, value: Any) -> 
     assert FinetuneOptions(**{**REQUIRED, name: value}).identity() != FinetuneOptions(**REQUIRED).identity()
 
 
-@pytest.mark.parametrize(("name", "value"), [("out", "p"), ("resume", True), ("save_steps", 3)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("out", "p"), ("resume", True), ("save_steps", 3), ("tensorboard", "t")]
+)
 def test_what_does_not_is_not(name: str, value: Any) -> None:
     assert FinetuneOptions(**{**REQUIRED, name: value}).identity() == FinetuneOptions(**REQUIRED).identity()

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracle.torch_impl.sampling import LengthGroupedSampler
+from loracle.torch_impl.sampling import EpochSampler, LengthGroupedSampler
 
 
 def order(lengths: list[int], batch_size: int, seed: int, epoch: int) -> list[int]:
@@ -49,3 +49,12 @@ def test_seeds_and_epochs_differ(seed: int, epoch: int) -> None:
     lengths = [1] * 50
     assert order(lengths, 4, seed, epoch) != order(lengths, 4, 0, 0)
     assert order(lengths, 4, 0, 1) != order(lengths, 4, 1, 0)
+
+
+def test_draws_tell_their_epoch_and_keep_the_order() -> None:
+    lengths = [(37 * i) % 101 for i in range(64)]
+    draws = EpochSampler(LengthGroupedSampler(lengths, 4, 5))
+    assert len(draws) == 64
+    for epoch in (0, 3, 1):
+        draws.set_epoch(epoch)
+        assert list(draws) == [(epoch, index) for index in order(lengths, 4, 5, epoch)]

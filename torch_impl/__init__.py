@@ -17,7 +17,8 @@ from .options import FinetuneOptions
 from .targets import parse_targets
 
 if TYPE_CHECKING:
-    from .training import FinetuneResult, finetune
+    from .results import FinetuneResult
+    from .training import finetune
 
 __all__ = [
     "FinetuneOptions",

@@ -22,6 +22,12 @@ class AttentionChoice:
 
     def choose(self, length: int) -> None:
         """Prepare the model for a batch of ``length`` tokens."""
-        wanted = "eager" if length <= SHORT else "sdpa"
+        self._switch("eager" if length <= SHORT else "sdpa")
+
+    def fuse(self) -> None:
+        """Prepare the model for batches that are not learned from: no backward pass, so the fused kernel."""
+        self._switch("sdpa")
+
+    def _switch(self, wanted: str) -> None:
         if self._active and self._model.config._attn_implementation != wanted:
             self._model.set_attn_implementation(wanted)

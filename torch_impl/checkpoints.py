@@ -4,14 +4,44 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loracle.files import write_atomic
+from torch import Tensor
+
+from loracle.files import Adapter, output_folder, read_adapter, write_adapter_files, write_atomic
+from loracle.files.json_file import read_json_object
+from loracle.files.safetensors_file import SafetensorsFile
+from loracle.files.safetensors_writer import write_safetensors
 from loracle.reference import ConfigError, FileError
 
+from .arrays import array_of, tensor_of
+from .curve import Curve
+
 _IDENTITY = "run.json"
+_CURVE = "curve.json"
+_OPTIMIZER = "optimizer.safetensors"
+_BEST = "best"
 _NAME = re.compile(r"checkpoint-(\d+)")
+_UNFINISHED = re.compile(r"\.(checkpoint-\d+|run\.json)\.[0-9a-f]+\.partial")
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """Everything that the rest of a run depends on; masks and the order of the data follow from the step.
+
+    Attributes:
+        curve: what was measured; its steps are those done.
+        adapter: what is trained.
+        best: the adapter of ``curve.best``, where that is to be kept and is another step's.
+        optimizer: see `loracle.torch_impl.optimizer.AdapterOptimizer.state`.
+    """
+
+    curve: Curve
+    adapter: Adapter
+    best: Adapter | None
+    optimizer: Mapping[str, Tensor]
 
 
 class Checkpoints:
@@ -22,41 +52,46 @@ class Checkpoints:
 
     def __init__(self, out: Path) -> None:
         self.folder = out.with_name(f"{out.name}.checkpoints")
-        self.staging = self.folder / "partial"
 
-    def open(self, identity: Mapping[str, Any], *, resume: bool) -> Path | None:
-        """Prepare the folder and return the checkpoint to go on from, the latest; None to start from the
+    def open(self, identity: Mapping[str, Any], *, resume: bool) -> State | None:
+        """Prepare the folder and return the state to go on from, the latest; None to start from the
         beginning.
 
         Raises:
             ConfigError: the checkpoints are of a run with other options or data; the first difference is
                 named.
-            FileError: there are checkpoints and ``resume`` is off, or the folder is not one of checkpoints.
+            FileError: there are checkpoints and ``resume`` is off, the folder is not one of checkpoints, or
+                one cannot be read.
         """
-        latest = self._latest()
-        if latest is None:
+        self._remove_unfinished()
+        found = self._all()
+        if not found:
             self.folder.mkdir(exist_ok=True)
             write_atomic(self.folder / _IDENTITY, json.dumps(identity, indent=2).encode())
             return None
         if not resume:
             raise FileError(
-                f"{self.folder}: expected no checkpoints of an earlier run, got {latest.name}; "
+                f"{self.folder}: expected no checkpoints of an earlier run, got {found[-1].name}; "
                 "resume that run, or remove the folder"
             )
         self._check_identity(identity)
-        shutil.rmtree(self.staging, ignore_errors=True)
-        return latest
+        return _read(found[-1])
 
-    def commit(self, name: str) -> None:
-        """Put the finished checkpoint ``name`` from `staging` in its place, and remove the earlier ones."""
+    def save(self, state: State) -> None:
+        """Write the state, and remove the earlier ones.
+
+        Raises:
+            FileError: it cannot be written; the earlier ones stay.
+        """
         earlier = self._all()
-        (self.staging / name).rename(self.folder / name)
-        for folder in earlier:
-            shutil.rmtree(folder)
+        with output_folder(self.folder / f"checkpoint-{state.curve.done}") as folder:
+            _write(folder, state)
+        for old in earlier:
+            shutil.rmtree(old)
 
     def close(self, *, success: bool) -> None:
         """Remove the folder after a success; else what is unfinished, and a folder without checkpoints."""
-        shutil.rmtree(self.staging, ignore_errors=True)
+        self._remove_unfinished()
         if success or not self._all():
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -66,8 +101,12 @@ class Checkpoints:
         found = [path for path in self.folder.iterdir() if _NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
 
-    def _latest(self) -> Path | None:
-        return next(reversed(self._all()), None)
+    def _remove_unfinished(self) -> None:
+        """Remove what a process that was killed while it wrote has left."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                if _UNFINISHED.fullmatch(path.name):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         path = self.folder / _IDENTITY
@@ -84,3 +123,29 @@ class Checkpoints:
                     f"{name}: expected {before!r} as in the run to resume, got {value!r}; "
                     f"give the same, or remove {self.folder}"
                 )
+
+
+def _write(folder: Path, state: State) -> None:
+    write_adapter_files(folder, state.adapter)
+    if state.best is not None:
+        (folder / _BEST).mkdir()
+        write_adapter_files(folder / _BEST, state.best)
+    write_safetensors(
+        folder / _OPTIMIZER, {name: array_of(tensor) for name, tensor in sorted(state.optimizer.items())}, {}
+    )
+    (folder / _CURVE).write_text(json.dumps(state.curve.to_json()), encoding="utf-8")
+
+
+def _read(folder: Path) -> State:
+    optimizer = SafetensorsFile(folder / _OPTIMIZER)
+    best = folder / _BEST
+    return State(
+        curve=Curve.from_json(read_json_object(folder / _CURVE)),
+        adapter=read_adapter(folder),
+        best=read_adapter(best) if best.is_dir() else None,
+        # `tensor_of` makes a row of a single number.
+        optimizer={
+            name: tensor_of(optimizer.tensor(name)).reshape(entry.shape)
+            for name, entry in optimizer.entries.items()
+        },
+    )

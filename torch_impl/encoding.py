@@ -1,18 +1,17 @@
-"""Examples as token ids with labels: the chat template applied, everything but what is learned masked out."""
+"""Examples for a causal language model: the chat template applied, everything but what is learned masked
+out."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor
-
 from loracle.reference import DataError
 
-from .data import Completion, Example, Text, Turn
+from .batches import IGNORED, Columns
+from .data import Completion, Conversation, Example, Text, Turn
+from .encoded import EncodedData, EncodingSettings, encode_each
 
-IGNORED = -100
-"""The label of a token that no loss is taken on, torch's ``ignore_index``."""
+__all__ = ["IGNORED", "Encoded", "Tokenizer", "encode", "encode_all", "encode_causal"]
 
 
 class Tokenizer(Protocol):
@@ -43,14 +42,9 @@ class Encoded:
         """How many tokens a loss is taken on; the first of a sequence is never predicted."""
         return sum(label != IGNORED for label in self.labels[1:])
 
-
-@dataclass(frozen=True)
-class EncodedData:
-    """Encoded examples, how many of them were shortened and how many left out to respect ``max_length``."""
-
-    examples: tuple[Encoded, ...]
-    shortened: int
-    left_out: int
+    def columns(self) -> Columns:
+        """Return the inputs of a model."""
+        return {"input_ids": self.input_ids, "labels": self.labels}
 
 
 def encode_all(tokenizer: Tokenizer, examples: Iterable[Example], max_length: int) -> EncodedData:
@@ -59,17 +53,27 @@ def encode_all(tokenizer: Tokenizer, examples: Iterable[Example], max_length: in
     Raises:
         DataError: an example cannot be encoded, or none fits.
     """
-    encoded = [encode(tokenizer, example, max_length) for example in examples]
-    kept = tuple(one for one in encoded if one is not None)
-    if not kept:
-        raise DataError(
-            f"training data: expected prompts and completions of at most max_length {max_length} tokens, "
-            f"got {len(encoded)} examples of which none fits; raise max_length"
-        )
-    return EncodedData(kept, sum(one.shortened for one in kept), len(encoded) - len(kept))
+    return encode_causal(tokenizer, tuple(examples), EncodingSettings(max_length))
 
 
-def encode(tokenizer: Tokenizer, example: Example, max_length: int) -> Encoded | None:
+def encode_causal(
+    tokenizer: Tokenizer, examples: Sequence[Example], settings: EncodingSettings
+) -> EncodedData:
+    """Encode examples for a causal language model; see `encode`.
+
+    Raises:
+        DataError: an example cannot be encoded, or none fits.
+    """
+
+    def one(example: Example) -> Encoded | None:
+        return encode(tokenizer, example, settings.max_length, settings.place(example))
+
+    return encode_each(examples, one, settings, "prompts and completions")
+
+
+def encode(
+    tokenizer: Tokenizer, example: Example, max_length: int, where: str | None = None
+) -> Encoded | None:
     """Return the example's tokens, at most ``max_length``, or None where nothing learnable fits.
 
     Prompt and completion become a user's and an assistant's turn of the tokenizer's chat template, where it
@@ -81,44 +85,30 @@ def encode(tokenizer: Tokenizer, example: Example, max_length: int) -> Encoded |
     completion and the template around the prompt stay whole; conversations and texts lose their end.
 
     Raises:
-        DataError: a form needs a chat template that is missing or that rewrites earlier turns; the line is
-            named.
+        DataError: a form needs a chat template that is missing or that rewrites earlier turns; the message
+            starts with ``where``, or with the line.
     """
+    where = f"line {example.line}" if where is None else where
     if isinstance(example, Completion):
-        return _encode_completion(tokenizer, example, max_length)
+        return _encode_completion(tokenizer, example, max_length, where)
+    assert isinstance(example, Text | Conversation), example
     segments = (
         [(example.text + (tokenizer.eos_token or ""), True)]
         if isinstance(example, Text)
-        else _chat_segments(tokenizer, example.turns, example.line)
+        else _chat_segments(tokenizer, example.turns, where)
     )
     whole = _tokens(tokenizer, segments, add_special_tokens=isinstance(example, Text))
     cut = Encoded(whole.input_ids[:max_length], whole.labels[:max_length], len(whole.labels) > max_length)
     return cut if cut.learned else None
 
 
-def collate(examples: Sequence[Encoded]) -> dict[str, Tensor]:
-    """Stack examples as ``input_ids``, ``attention_mask`` and ``labels``, (batch, length) int64, padded on
-    the right.
-
-    The length is the longest example's: rounding it up to a friendlier number costs more than it saves.
-    """
-    length = max(len(one.input_ids) for one in examples)
-
-    def padded(rows: Iterable[Sequence[int]], filler: int) -> Tensor:
-        return torch.tensor([[*row, *[filler] * (length - len(row))] for row in rows], dtype=torch.int64)
-
-    return {
-        "input_ids": padded((one.input_ids for one in examples), 0),
-        "attention_mask": padded(([1] * len(one.input_ids) for one in examples), 0),
-        "labels": padded((one.labels for one in examples), IGNORED),
-    }
-
-
-def _encode_completion(tokenizer: Tokenizer, example: Completion, max_length: int) -> Encoded | None:
+def _encode_completion(
+    tokenizer: Tokenizer, example: Completion, max_length: int, where: str
+) -> Encoded | None:
     prompt = example.prompt
     shortened = False
     while True:
-        encoded = _completion_tokens(tokenizer, example, prompt, shortened)
+        encoded = _completion_tokens(tokenizer, example, prompt, where, shortened=shortened)
         excess = len(encoded.input_ids) - max_length
         if excess <= 0:
             return encoded if encoded.learned else None
@@ -133,25 +123,27 @@ def _encode_completion(tokenizer: Tokenizer, example: Completion, max_length: in
         prompt, shortened = shorter, True
 
 
-def _completion_tokens(tokenizer: Tokenizer, example: Completion, prompt: str, shortened: bool) -> Encoded:
+def _completion_tokens(
+    tokenizer: Tokenizer, example: Completion, prompt: str, where: str, *, shortened: bool
+) -> Encoded:
     if tokenizer.chat_template is None:
         if example.system is not None:
             raise DataError(
-                f"line {example.line}: system: expected a tokenizer with a chat template, got one without; "
+                f"{where}: system: expected a tokenizer with a chat template, got one without; "
                 "put the instruction into the prompt"
             )
         segments = [(prompt, False), (example.completion + (tokenizer.eos_token or ""), True)]
         return _tokens(tokenizer, segments, add_special_tokens=True, shortened=shortened)
     system = () if example.system is None else (Turn("system", example.system),)
     turns = (*system, Turn("user", prompt), Turn("assistant", example.completion))
-    return _tokens(tokenizer, _chat_segments(tokenizer, turns, example.line), shortened=shortened)
+    return _tokens(tokenizer, _chat_segments(tokenizer, turns, where), shortened=shortened)
 
 
-def _chat_segments(tokenizer: Tokenizer, turns: tuple[Turn, ...], line: int) -> list[tuple[str, bool]]:
+def _chat_segments(tokenizer: Tokenizer, turns: tuple[Turn, ...], where: str) -> list[tuple[str, bool]]:
     """Split the rendered conversation into what is given and what is learned, in turn."""
     if tokenizer.chat_template is None:
         raise DataError(
-            f"line {line}: messages: expected a tokenizer with a chat template, got one without; "
+            f"{where}: messages: expected a tokenizer with a chat template, got one without; "
             "use prompt and completion"
         )
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -160,11 +152,11 @@ def _chat_segments(tokenizer: Tokenizer, turns: tuple[Turn, ...], line: int) -> 
     for index, turn in enumerate(turns):
         if turn.role != "assistant":
             continue
-        opened = _rendered(tokenizer, messages[:index], line, add_generation_prompt=True)
-        closed = _rendered(tokenizer, messages[: index + 1], line, add_generation_prompt=False)
+        opened = _rendered(tokenizer, messages[:index], where, add_generation_prompt=True)
+        closed = _rendered(tokenizer, messages[: index + 1], where, add_generation_prompt=False)
         if not opened.startswith(done) or not closed.startswith(opened):
             raise DataError(
-                f"line {line}: expected a chat template that only appends, got one that rewrites earlier "
+                f"{where}: expected a chat template that only appends, got one that rewrites earlier "
                 "turns; give one prompt and completion a line"
             )
         # The model stops at the end-of-sequence token; what the template writes after it opens the next
@@ -178,7 +170,7 @@ def _chat_segments(tokenizer: Tokenizer, turns: tuple[Turn, ...], line: int) -> 
 
 
 def _rendered(
-    tokenizer: Tokenizer, messages: list[dict[str, str]], line: int, *, add_generation_prompt: bool
+    tokenizer: Tokenizer, messages: list[dict[str, str]], where: str, *, add_generation_prompt: bool
 ) -> str:
     from jinja2 import TemplateError
 
@@ -189,7 +181,7 @@ def _rendered(
             )
         )
     except TemplateError as error:
-        raise DataError(f"line {line}: expected turns that the chat template takes, got: {error}") from error
+        raise DataError(f"{where}: expected turns that the chat template takes, got: {error}") from error
 
 
 def _tokens(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .encoding import IGNORED
+from .batches import IGNORED
 
 
 def completion_loss(model: nn.Module, inputs: Mapping[str, Tensor], items: Tensor | int | None) -> Tensor:

@@ -43,3 +43,22 @@ class LengthGroupedSampler(Sampler[int]):
         # The last batch may be short, and must stay last: batches are cut out of the sequence by counting.
         order: list[int] = [*generator.permutation(len(batches) - 1).tolist(), len(batches) - 1]
         return iter([index for at in order for index in batches[at]])
+
+
+class EpochSampler(Sampler[tuple[int, int]]):
+    """Yield (epoch, index) for each index of another order: for rows that differ from epoch to epoch."""
+
+    def __init__(self, order: LengthGroupedSampler) -> None:
+        self._order = order
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, from 0, that comes next; the training loop calls this."""
+        self._epoch = epoch
+        self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter([(self._epoch, index) for index in self._order])
