@@ -28,7 +28,7 @@ def array_of(tensor: Tensor) -> NDArray[Any]:
 
 def tensor_of(array: NDArray[Any]) -> Tensor:
     """Return the array's values as a tensor of the same dtype; it shares a writable array's memory."""
-    array = np.ascontiguousarray(array)
+    array = np.ascontiguousarray(array).reshape(array.shape)  # NumPy makes an axis for a single number
     if not array.flags.writeable:
         array = array.copy()
     if array.dtype == _BFLOAT16:

@@ -143,9 +143,5 @@ def _read(folder: Path) -> State:
         curve=Curve.from_json(read_json_object(folder / _CURVE)),
         adapter=read_adapter(folder),
         best=read_adapter(best) if best.is_dir() else None,
-        # `tensor_of` makes a row of a single number.
-        optimizer={
-            name: tensor_of(optimizer.tensor(name)).reshape(entry.shape)
-            for name, entry in optimizer.entries.items()
-        },
+        optimizer={name: tensor_of(optimizer.tensor(name)) for name in optimizer.entries},
     )

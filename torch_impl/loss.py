@@ -56,11 +56,12 @@ def takes_a_mask(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import ForCausalLMLoss
 
     helper = getattr(modeling_utils, "slice_logits_to_keep", None)
-    module = sys.modules[type(model).__module__]
+    # Sharding puts a class of torch's in front of the model's own.
+    modules = [sys.modules[own.__module__] for own in type(model).__mro__]
     config = getattr(model, "config", None)
     return (
         helper is not None
-        and getattr(module, "slice_logits_to_keep", None) is helper
+        and any(getattr(module, "slice_logits_to_keep", None) is helper for module in modules)
         and getattr(model, "loss_function", None) is ForCausalLMLoss
         # A mixture of experts adds a term to its loss.
         and not getattr(config, "output_router_logits", False)

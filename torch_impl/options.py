@@ -24,7 +24,7 @@ class FinetuneOptions:
         task: what is learned, one of `TASKS`.
         rank: r.
         alpha: ``lora_alpha``; the scaling is alpha / r.
-        targets: names of linear layers, ``"attention"`` or ``"all-linear"``; see
+        targets: names of layers, ``"attention"`` or ``"all-linear"``; None for query and value, see
             `loracle.torch_impl.inject`.
         epochs: passes over the data; may be a fraction.
         max_steps: optimizer steps, in the place of ``epochs``.
@@ -66,7 +66,7 @@ class FinetuneOptions:
     task: TaskName = "causal-lm"
     rank: int = 8
     alpha: float = 16.0
-    targets: tuple[str, ...] | str = ("q_proj", "v_proj")
+    targets: tuple[str, ...] | str | None = None
     epochs: float = 3.0
     max_steps: int | None = None
     lr: float = 2e-3

@@ -60,13 +60,13 @@ def command(
         float, typer.Option("--alpha", help="lora_alpha; scaling is alpha / r.", rich_help_panel=_ADAPTER)
     ] = 16,
     targets: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--targets",
-            help="attention, all-linear, or module names with commas between.",
+            help="attention, all-linear, or module names with commas between; query and value by default.",
             rich_help_panel=_ADAPTER,
         ),
-    ] = "q_proj,v_proj",
+    ] = None,
     dropout: Annotated[
         float, typer.Option("--dropout", help="Of the adapter's input.", rich_help_panel=_ADAPTER)
     ] = 0.0,
@@ -220,7 +220,7 @@ def command(
             task=cast("TaskName", task),  # checked there, as the schedule is
             rank=rank,
             alpha=alpha,
-            targets=parse_targets(targets),
+            targets=None if targets is None else parse_targets(targets),
             dropout=dropout,
             epochs=epochs,
             max_steps=max_steps,
