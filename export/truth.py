@@ -20,7 +20,7 @@ from transformers.masking_utils import eager_mask
 
 from loracle.files import Adapter
 from loracle.reference import ConfigError, product_noise, unit_roundoff
-from loracle.torch_impl import LoraLinear
+from loracle.torch_impl.linear import LoraLinear
 from loracle.torch_impl.adapter_io import load_adapter
 from loracle.torch_impl.loading import quiet_transformers
 

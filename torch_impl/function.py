@@ -122,20 +122,21 @@ def lora_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -
     Kept for them: x, once; H; and seeds for the masks of dropout. Neither x where no A trains, nor W0 where
     x needs no gradient. At least one member and one term. Dtypes, errors and source as for `lora_linear`.
     """
-    _check(x, members, terms)
-    order: dict[tuple[float, int | None], list[Term]] = {}
+    check_products(x, members, terms)
+    order: dict[tuple[float, SeededDropout | int | None], list[Term]] = {}
     for at, term in enumerate(terms):
-        order.setdefault((term.scaling, None if term.dropout is None else at), []).append(term)
-    stacks, given = [], []
+        dropout = at if isinstance(term.dropout, Tensor) else term.dropout
+        order.setdefault((term.scaling, dropout), []).append(term)
+    stacks, masks = [], []
     for (scaling, _), own in order.items():
         ends = list(accumulate((term.A.shape[0] for term in own), initial=0))
         places = tuple(
             _Place(term.member, term.rows, start, stop)
             for term, (start, stop) in zip(own, pairwise(ends), strict=True)
         )
-        dropout = own[0].dropout
-        given.append(dropout.reshape(-1, x.shape[-1]) if isinstance(dropout, Tensor) else None)
-        stacks.append(_Stack(scaling, dropout if isinstance(dropout, SeededDropout) else None, places))
+        drawn = own[0].dropout
+        masks.append(drawn.reshape(-1, x.shape[-1]) if isinstance(drawn, Tensor) else None)
+        stacks.append(_Stack(scaling, drawn if isinstance(drawn, SeededDropout) else None, places))
     sorted_terms = [term for own in order.values() for term in own]
     ys: tuple[Tensor, ...] = _LoraProducts.apply(  # type: ignore[no-untyped-call]
         tuple(stacks),
@@ -144,7 +145,7 @@ def lora_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -
         x.reshape(-1, x.shape[-1]),
         *(member.W0 for member in members),
         *(member.bias for member in members),
-        *given,
+        *masks,
         *(term.A for term in sorted_terms),
         *(term.B for term in sorted_terms),
         *(term.lora_bias for term in sorted_terms),
@@ -152,11 +153,12 @@ def lora_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -
     return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
 
 
-def _check(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -> None:
+def check_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -> None:
+    """Check what `lora_products` is given; for its errors see `lora_linear`."""
     for W0, bias in members:
         out_features, in_features = W0.shape
-        _check_shape("x", x, (*x.shape[:-1], in_features), W0)
-        _check_shape("bias", bias, (out_features,), W0)
+        check_shape("x", x, (*x.shape[:-1], in_features), W0)
+        check_shape("bias", bias, (out_features,), W0)
         if W0.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
             raise DTypeError(
                 f"x: expected W0's {W0.dtype}, got {x.dtype}; cast one of them, or run under torch.autocast"
@@ -170,14 +172,15 @@ def _check(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -> None:
         W0 = members[term.member].W0
         width = W0.shape[0] if term.rows is None else term.rows[1] - term.rows[0]
         r = term.A.shape[0]
-        _check_shape("lora_A", term.A, (r, W0.shape[1]), W0)
-        _check_shape("lora_B", term.B, (width, r), W0)
-        _check_shape("lora_bias", term.lora_bias, (width,), W0)
+        check_shape("lora_A", term.A, (r, W0.shape[1]), W0)
+        check_shape("lora_B", term.B, (width, r), W0)
+        check_shape("lora_bias", term.lora_bias, (width,), W0)
         if isinstance(term.dropout, Tensor):
-            _check_shape("multiplier", term.dropout, tuple(x.shape), W0)
+            check_shape("multiplier", term.dropout, tuple(x.shape), W0)
 
 
-def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], W0: Tensor) -> None:
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], W0: Tensor) -> None:
+    """Check a tensor that is there for a layer's shape. Raises: ShapeError."""
     if tensor is not None and (tensor.dim() == 0 or tuple(tensor.shape) != shape):
         raise ShapeError(
             f"{name}: expected shape {shape} beside W0 of shape {tuple(W0.shape)}, "
@@ -186,7 +189,11 @@ def _check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], W0: T
 
 
 class _LoraProducts(torch.autograd.Function):
-    """See `lora_products`; x is (N, in) here, each y (N, out), terms in the order of the stacks."""
+    """See `lora_products`; x is (N, in) here, each y (N, out), terms in the order of the stacks.
+
+    Narrow products are made as (sum of r, N): with few columns they take two to four times as long. They
+    carry the scaling, so that nothing has to be scaled afterwards.
+    """
 
     @staticmethod
     def forward(
@@ -194,32 +201,34 @@ class _LoraProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         need_x, *need = ctx.needs_input_grad[2:]
         _, _, _, need_A, need_B, _ = _parts(need, stacks)
-        x = x.to(dtype)
-        cast: list[Any] = [None if tensor is None else tensor.to(dtype) for tensor in tensors]
+        if x.dtype is not dtype:
+            x = x.to(dtype)
+        cast: list[Any] = [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
         W0s, biases, given, As, Bs, lora_biases = _parts(cast, stacks)
         ys = [_linear(x, W0, bias) for W0, bias in zip(W0s, biases, strict=True)]
         stacked, Hs = [], []
         term = 0
         for stack, multiplier in zip(stacks, given, strict=True):
             A = _stacked(As[term : term + len(stack.places)])
-            H = _linear(_dropped(x, stack, multiplier), A)  # (N, sum of r)
+            H = _scaled_product(A, _dropped(x, stack, multiplier).t(), _whole_scaling(stack))
             for place in stack.places:
                 y = _rows(ys[place.member], place)
-                y.addmm_(H[:, place.start : place.stop], Bs[term].t(), alpha=stack.scaling * _factor(stack))
+                y.addmm_(H[place.start : place.stop].t(), Bs[term].t())
                 if lora_biases[term] is not None:
                     y.add_(lora_biases[term], alpha=stack.scaling)
                 term += 1
             stacked.append(A)
             Hs.append(H)
         # What a gradient needs is kept only when that gradient is asked for.
-        down = need_x or any(need_A)
+        train_A, nothing = any(need_A), [None]
+        down = need_x or train_A
         ctx.save_for_backward(
-            x if any(need_A) else None,
-            *(W0s if need_x else [None] * len(W0s)),
-            *(given if down else [None] * len(given)),
-            *(stacked if need_x else [None] * len(stacks)),
-            *(Hs if any(need_B) else [None] * len(stacks)),
-            *(Bs if down else [None] * len(Bs)),
+            x if train_A else None,
+            *(W0s if need_x else nothing * len(W0s)),
+            *(given if down else nothing * len(given)),
+            *(stacked if need_x else nothing * len(stacks)),
+            *(Hs if any(need_B) else nothing * len(stacks)),
+            *(Bs if down else nothing * len(Bs)),
         )
         ctx.stacks, ctx.dtypes, ctx.shape = stacks, [None if t is None else t.dtype for t in tensors], x.shape
         ctx.set_materialize_grads(False)
@@ -231,70 +240,82 @@ class _LoraProducts(torch.autograd.Function):
             raise ConfigError(
                 "create_graph: expected False, got True; the LoRA product can be differentiated once only"
             )
-        stacks: tuple[_Stack, ...] = ctx.stacks
-        need_x, *need = ctx.needs_input_grad[2:]
-        need_W0, need_bias, _, need_A, need_B, need_lora_bias = _parts(need, stacks)
-        _, bias_dtypes, _, A_dtypes, B_dtypes, lora_bias_dtypes = _parts(ctx.dtypes, stacks)
-        m, s = len(need_W0), len(stacks)
-        x, *saved = ctx.saved_tensors
-        W0s, given, stacked, Hs, Bs = (
-            saved[:m],
-            saved[m : m + s],
-            saved[m + s : m + 2 * s],
-            saved[m + 2 * s : m + 3 * s],
-            saved[m + 3 * s :],
-        )
         like = next((dy for dy in dys if dy is not None), None)
         if like is None:
-            return (None,) * (3 + len(need))
-        dA, dB, dlora_bias = ([None] * len(need_A) for _ in range(3))  # type: list[Any], list[Any], list[Any]
-        # All operands have one dtype; an autocast that forward did not see must not change it.
-        with torch.autocast(like.device.type, enabled=False):
-            dx = _times_weights(dys, W0s) if need_x else None
-            term = 0
-            for stack, multiplier, A, H in zip(stacks, given, stacked, Hs, strict=True):
-                own = range(term, term + len(stack.places))
-                term += len(stack.places)
-                parts = [_rows_of(dys[place.member], place) for place in stack.places]
-                scaling = stack.scaling * _factor(stack)
-                train_A = any(need_A[i] for i in own)
-                if need_x or train_A:
-                    mask = _mask(like, ctx.shape, stack, multiplier)
-                    dH = _up(parts, [Bs[i] for i in own], like)
-                    if dx is not None:
-                        if mask is None:
-                            dx.addmm_(dH, A, alpha=scaling)
-                        else:
-                            dx.addcmul_(dH @ A, mask, value=scaling)
-                    if train_A:
-                        product = dH.t() @ (x if mask is None else x * mask)  # (sum of r, in)
-                for i, place, dy in zip(own, stack.places, parts, strict=True):
-                    if dy is None:
-                        continue
-                    if need_A[i]:
-                        dA[i] = _scaled(product[place.start : place.stop], scaling, A_dtypes[i])
-                    if need_B[i]:
-                        # Computed as (r, out) and transposed: up to four times faster than dy^T H.
-                        dB[i] = _scaled((H[:, place.start : place.stop].t() @ dy).t(), scaling, B_dtypes[i])
-                    if need_lora_bias[i]:
-                        dlora_bias[i] = _scaled(dy.sum(0), stack.scaling, lora_bias_dtypes[i])
-            dbias = [
-                dy.sum(0).to(dtype) if needed and dy is not None else None
-                for dy, needed, dtype in zip(dys, need_bias, bias_dtypes, strict=True)
-            ]
-        return None, None, dx, *[None] * m, *dbias, *[None] * s, *dA, *dB, *dlora_bias
+            return (None,) * len(ctx.needs_input_grad)
+        if torch.is_autocast_enabled(like.device.type):
+            # All operands have one dtype; an autocast that forward did not see must not change it.
+            with torch.autocast(like.device.type, enabled=False):
+                return _gradients(ctx, dys, like)
+        return _gradients(ctx, dys, like)
+
+
+def _gradients(ctx: Any, dys: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor | None, ...]:
+    """Return the gradients of what `_LoraProducts` was given; ``like`` is one of ``dys``."""
+    stacks: tuple[_Stack, ...] = ctx.stacks
+    need_x, *need = ctx.needs_input_grad[2:]
+    need_W0, need_bias, _, need_A, need_B, need_lora_bias = _parts(need, stacks)
+    _, bias_dtypes, _, A_dtypes, B_dtypes, lora_bias_dtypes = _parts(ctx.dtypes, stacks)
+    m, s = len(need_W0), len(stacks)
+    x, *saved = ctx.saved_tensors
+    W0s, given, stacked, Hs, Bs = (
+        saved[:m],
+        saved[m : m + s],
+        saved[m + s : m + 2 * s],
+        saved[m + 2 * s : m + 3 * s],
+        saved[m + 3 * s :],
+    )
+    dA: list[Tensor | None] = [None] * len(need_A)
+    dB, dlora_bias = dA.copy(), dA.copy()
+    dx = _times_weights(dys, W0s) if need_x else None
+    term = 0
+    for stack, multiplier, A, H in zip(stacks, given, stacked, Hs, strict=True):
+        own = range(term, term + len(stack.places))
+        term = own.stop
+        parts = [_rows_of(dys[place.member], place) for place in stack.places]
+        train_A = any(need_A[i] for i in own)
+        if need_x or train_A:
+            mask = _mask(like, ctx.shape, stack, multiplier)
+            dH = _up(parts, Bs[own.start : own.stop], like, _whole_scaling(stack))
+            if dx is not None:
+                if mask is None:
+                    dx.addmm_(dH.t(), A)
+                else:
+                    dx.addcmul_(dH.t() @ A, mask)
+            if train_A:
+                product = dH @ (x if mask is None else x * mask)  # (sum of r, in)
+        for i, place, dy in zip(own, stack.places, parts, strict=True):
+            if dy is None:
+                continue
+            if need_A[i]:
+                dA[i] = product[place.start : place.stop].to(A_dtypes[i])
+            if need_B[i]:
+                dB[i] = (H[place.start : place.stop] @ dy).t().to(B_dtypes[i])
+            if need_lora_bias[i]:
+                dlora_bias[i] = scaled(dy.sum(0), stack.scaling, lora_bias_dtypes[i])
+    dbias = [
+        dy.sum(0).to(dtype) if needed and dy is not None else None
+        for dy, needed, dtype in zip(dys, need_bias, bias_dtypes, strict=True)
+    ]
+    return None, None, dx, *[None] * m, *dbias, *[None] * s, *dA, *dB, *dlora_bias
 
 
 def _parts(flat: Sequence[_T], stacks: tuple[_Stack, ...]) -> list[Sequence[_T]]:
     """Cut into W0 and bias of each member, the mask of each stack, and A, B and lora_bias of each term."""
-    s, n = len(stacks), sum(len(stack.places) for stack in stacks)
+    s, n = len(stacks), sum([len(stack.places) for stack in stacks])
     m = (len(flat) - s - 3 * n) // 2
-    ends = list(accumulate((m, m, s, n, n, n), initial=0))
-    return [flat[start:stop] for start, stop in pairwise(ends)]
+    a, b, c = 2 * m, 2 * m + s, 2 * m + s + n
+    return [flat[:m], flat[m:a], flat[a:b], flat[b:c], flat[c : c + n], flat[c + n :]]
 
 
 def _stacked(matrices: Sequence[Any]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
+
+
+def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """Return ``scaling * a b``; the scaling is applied before the result is rounded to the dtype."""
+    # With beta 0 the first argument is not read.
+    return a @ b if scaling == 1.0 else torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=scaling)
 
 
 def _rows(y: Tensor, place: _Place) -> Tensor:
@@ -302,12 +323,12 @@ def _rows(y: Tensor, place: _Place) -> Tensor:
 
 
 def _rows_of(dy: Tensor | None, place: _Place) -> Tensor | None:
-    return None if dy is None else _rows(dy, place)
+    return dy if dy is None or place.rows is None else _rows(dy, place)
 
 
-def _factor(stack: _Stack) -> float:
-    """What a seeded mask of zeros and ones leaves out of the scaling."""
-    return 1.0 if stack.dropout is None else stack.dropout.factor
+def _whole_scaling(stack: _Stack) -> float:
+    """Return the scaling with what a seeded mask of zeros and ones leaves out of it."""
+    return stack.scaling if stack.dropout is None else stack.scaling * stack.dropout.factor
 
 
 def _dropped(x: Tensor, stack: _Stack, multiplier: Tensor | None) -> Tensor:
@@ -329,16 +350,18 @@ def _times_weights(dys: Sequence[Tensor | None], W0s: Sequence[Tensor]) -> Tenso
     return dx
 
 
-def _up(parts: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Return dy B of each term side by side, (N, sum of r)."""
-    # B^T made contiguous (r, out): reading B's rows of r numbers takes twice the time.
-    products = [
-        like.new_zeros(like.shape[0], B.shape[1]) if dy is None else _linear(dy, B.t().contiguous())
-        for dy, B in zip(parts, Bs, strict=True)
-    ]
-    return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+def _up(parts: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor, scaling: float) -> Tensor:
+    """Return ``scaling * (dy B)^T`` of each term, one above the other, (sum of r, N)."""
+    return _stacked(
+        [
+            like.new_zeros(B.shape[1], like.shape[0])
+            if dy is None
+            else _scaled_product(B.t(), dy.t(), scaling)
+            for dy, B in zip(parts, Bs, strict=True)
+        ]
+    )
 
 
-def _scaled(product: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+def scaled(product: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
     """Return ``scaling * product`` in ``dtype``, multiplied in the wider dtype; ``product`` may be reused."""
     return product.to(torch.promote_types(product.dtype, dtype)).mul_(scaling).to(dtype)
