@@ -1,10 +1,8 @@
 """The autograd function against the reference: exact on small integers, within the bound elsewhere."""
 
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import pytest
 import torch
@@ -14,49 +12,33 @@ from strategies import LoraProblem, exact_problems, lora_problems
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch_fixtures import same_bits
+from torch_modes import (
+    MODES,
+    Mode,
+    arithmetic,
+    assert_bounded,
+    assert_equal,
+    autocast,
+    cases,
+    exactly,
+    finite,
+    placed,
+)
 
 from loracle.reference import (
     ConfigError,
     DTypeError,
     LinearGradients,
-    Precision,
     ShapeError,
     TargetError,
     linear_backward,
     linear_backward_bound,
     linear_forward,
     linear_forward_bound,
-    unit_roundoff,
 )
 from loracle.torch_impl import lora_linear
-from loracle.torch_impl.arrays import array_of, tensor_of
+from loracle.torch_impl.arrays import array_of
 from loracle.torch_impl.function import compute_dtype
-
-BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-
-
-@dataclass(frozen=True)
-class Mode:
-    """A way to run the layer: dtypes of base and adapter, autocast or not, and what that computes in."""
-
-    base: Any
-    adapter: Any
-    autocast: bool
-    computes: Any
-    accumulates: Any
-
-
-MODES = {
-    "float64": Mode(np.float64, np.float64, False, np.float64, np.float64),
-    "float64, adapter float32": Mode(np.float64, np.float32, False, np.float64, np.float64),
-    "float32": Mode(np.float32, np.float32, False, np.float32, np.float32),
-    "float16": Mode(np.float16, np.float32, False, np.float16, np.float32),
-    "bfloat16": Mode(BFLOAT16, np.float32, False, BFLOAT16, np.float32),
-    "bfloat16 throughout": Mode(BFLOAT16, BFLOAT16, False, BFLOAT16, np.float32),
-    "autocast": Mode(np.float32, np.float32, True, BFLOAT16, np.float32),
-    "autocast, base bfloat16": Mode(BFLOAT16, np.float32, True, BFLOAT16, np.float32),
-    "autocast, float64": Mode(np.float64, np.float64, True, np.float64, np.float64),
-}
 
 
 @dataclass(frozen=True)
@@ -72,9 +54,9 @@ class Layer:
     dy: Tensor
 
 
-def layer_of(problem: LoraProblem, mode: Mode, *, bias: bool, dropout: bool) -> Layer:
+def layer_of(problem: LoraProblem, mode: Mode, *, bias: bool, dropout: bool, device: str = "cpu") -> Layer:
     def tensor(array: Any, dtype: Any) -> Tensor:
-        return tensor_of(array.astype(dtype))
+        return placed(array, dtype, device)
 
     return Layer(
         x=tensor(problem.x, mode.base).requires_grad_(),
@@ -89,13 +71,11 @@ def layer_of(problem: LoraProblem, mode: Mode, *, bias: bool, dropout: bool) -> 
 
 def run(layer: Layer, scaling: float, mode: Mode) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y, and the gradients of x, A and B; the backward pass runs outside autocast, as a trainer's does."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode.autocast):
-        y = lora_linear(layer.x, layer.W0, layer.bias, layer.A, layer.B, scaling, layer.multiplier)
-    return y.detach(), torch.autograd.grad(y, (layer.x, layer.A, layer.B), layer.dy)
-
-
-def exactly(tensor: Tensor) -> Any:
-    return np.vectorize(Fraction, otypes=[object])(array_of(tensor.detach().double()))
+    device = layer.x.device.type
+    with arithmetic(device, mode):
+        with autocast(device, mode):
+            y = lora_linear(layer.x, layer.W0, layer.bias, layer.A, layer.B, scaling, layer.multiplier)
+        return y.detach(), torch.autograd.grad(y, (layer.x, layer.A, layer.B), layer.dy)
 
 
 def check_dtypes(layer: Layer, y: Tensor, gradients: tuple[Tensor, ...], mode: Mode) -> None:
@@ -105,13 +85,14 @@ def check_dtypes(layer: Layer, y: Tensor, gradients: tuple[Tensor, ...], mode: M
         assert gradient.shape == tensor.shape
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(("device", "mode"), cases())
 @settings(max_examples=40)
 @given(data=st.data(), bias=st.booleans(), dropout=st.booleans())
-def test_small_integers_come_out_exactly(name: str, data: st.DataObject, bias: bool, dropout: bool) -> None:
-    mode = MODES[name]
+def test_small_integers_come_out_exactly(
+    device: str, mode: Mode, data: st.DataObject, bias: bool, dropout: bool
+) -> None:
     problem = data.draw(exact_problems(mode.computes)).astype(np.float64)
-    layer = layer_of(problem, mode, bias=bias, dropout=dropout)
+    layer = layer_of(problem, mode, bias=bias, dropout=dropout, device=device)
     y, gradients = run(layer, problem.scaling, mode)
     check_dtypes(layer, y, gradients, mode)
     weights = (problem.W0, problem.A, problem.B, problem.scaling)
@@ -119,46 +100,35 @@ def test_small_integers_come_out_exactly(name: str, data: st.DataObject, bias: b
     expected = linear_forward(problem.x, *weights, bias=problem.bias if bias else None, dropout=mask)
     exact = linear_backward(problem.dy, problem.x, *weights, dropout=mask)
     for got, wanted in zip((y, *gradients), (expected, exact.dx, exact.dA, exact.dB), strict=True):
-        assert np.array_equal(array_of(got).astype(np.float64), wanted)
+        assert_equal(got, wanted)
 
 
-@pytest.mark.parametrize("name", MODES)
+@pytest.mark.parametrize(("device", "mode"), cases())
 @settings(max_examples=25)
 @given(data=st.data(), bias=st.booleans(), dropout=st.booleans())
 def test_everything_else_stays_within_the_bound(
-    name: str, data: st.DataObject, bias: bool, dropout: bool
+    device: str, mode: Mode, data: st.DataObject, bias: bool, dropout: bool
 ) -> None:
-    mode = MODES[name]
     problem = data.draw(lora_problems(most=8))
-    layer = layer_of(problem, mode, bias=bias, dropout=dropout)
+    layer = layer_of(problem, mode, bias=bias, dropout=dropout, device=device)
     y, gradients = run(layer, problem.scaling, mode)
     check_dtypes(layer, y, gradients, mode)
-    assume(all(bool(tensor.isfinite().all()) for tensor in (y, *gradients)))  # float16 overflows at 65504
+    assume(finite(y, *gradients))
     x, W0, A, B, dy = (exactly(t) for t in (layer.x, layer.W0, layer.A, layer.B, layer.dy))
     added = None if layer.bias is None else exactly(layer.bias)
     mask = None if layer.multiplier is None else exactly(layer.multiplier)
     weights = (W0, A, B, problem.scaling)
     exact_y = linear_forward(x, *weights, bias=added, dropout=mask)
     exact = linear_backward(dy, x, *weights, dropout=mask)
-    rough = Precision(mode.computes, accumulator=mode.accumulates)
     floats = [None if a is None else a.astype(np.float64) for a in (x, W0, A, B, dy, added, mask)]
     fx, fW0, fA, fB, fdy, fadded, fmask = floats
-    allowed_y = linear_forward_bound(fx, fW0, fA, fB, problem.scaling, rough, bias=fadded, dropout=fmask)
-    allowed: LinearGradients = linear_backward_bound(
-        fdy, fx, fW0, fA, fB, problem.scaling, rough, dropout=fmask
-    )
-    for got, wanted, bound in (
-        (y, exact_y, allowed_y),
-        (gradients[0], exact.dx, allowed.dx),
-        (gradients[1], exact.dA, allowed.dA),
-        (gradients[2], exact.dB, allowed.dB),
-    ):
-        # A gradient is rounded once more where its parameter is of a narrower dtype than the products.
-        stored = unit_roundoff(array_of(got).dtype) * (np.abs(wanted).astype(np.float64) + bound)
-        narrower = array_of(got).dtype.itemsize < np.dtype(mode.computes).itemsize
-        bound = bound + stored if narrower else bound
-        error = np.abs(exactly(got) - wanted)
-        assert (error <= bound).all(), f"{name}: {float((error - bound).max())} above the bound"
+    factors = (fW0, fA, fB, problem.scaling, mode.precision)
+    allowed_y = linear_forward_bound(fx, *factors, bias=fadded, dropout=fmask)
+    allowed: LinearGradients = linear_backward_bound(fdy, fx, *factors, dropout=fmask)
+    assert_bounded(y, exact_y, allowed_y, mode)
+    assert_bounded(gradients[0], exact.dx, allowed.dx, mode)
+    assert_bounded(gradients[1], exact.dA, allowed.dA, mode)
+    assert_bounded(gradients[2], exact.dB, allowed.dB, mode)
 
 
 def normal_layer(shape: tuple[int, ...] = (5, 3), dtype: torch.dtype = torch.float32) -> Layer:

@@ -201,3 +201,26 @@ def test_injecting_twice_under_one_name_is_refused() -> None:
 def test_a_model_without_adapters_has_no_configuration() -> None:
     with pytest.raises(TargetError, match="Chain: expected a model with adapters"):
         injected_config(Chain())
+
+
+def test_a_start_that_fails_leaves_the_model_as_it_was() -> None:
+    model = Chain()
+    children = dict(model.named_children())
+    # k_proj (3, 4) has no rank of 4 to take away; q_proj, before it, is done by then.
+    config = LoraConfig(
+        r=3,
+        rank_pattern={"k_proj": 4},
+        init_lora_weights="pissa",
+        target_modules=("q_proj", "k_proj"),
+    )
+    with pytest.raises(ConfigError, match=r"r: expected at most 3"):
+        inject(model, config)
+    assert dict(model.named_children()) == children
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert not lora_layers(model)
+
+
+def test_a_model_in_evaluation_drops_nothing() -> None:
+    model = Chain().eval()
+    inject(model, LoraConfig(r=2, lora_dropout=0.5))
+    assert not any(module.training for module in model.modules())

@@ -7,13 +7,18 @@ from loracle.files import LoraConfig
 from .active import disable_adapter, set_adapter
 from .adapter_io import adapter_of, load_adapter, save_adapter
 from .data import read_examples
+from .dequantize import dequantize
+from .foreign import load_litgpt, load_loralib
 from .function import lora_linear
+from .fused import LoraFusedLinear
 from .inject import eject, inject, injected_config
 from .injected import lora_layers
 from .layer import LoraLayer
 from .linear import LoraLinear
 from .merge import merge, merge_and_unload, unmerge
 from .options import FinetuneOptions
+from .quantization import register_quantized
+from .quantized import LoraQuantizedLinear
 from .targets import parse_targets
 
 if TYPE_CHECKING:
@@ -24,21 +29,27 @@ __all__ = [
     "FinetuneOptions",
     "FinetuneResult",
     "LoraConfig",
+    "LoraFusedLinear",
     "LoraLayer",
     "LoraLinear",
+    "LoraQuantizedLinear",
     "adapter_of",
+    "dequantize",
     "disable_adapter",
     "eject",
     "finetune",
     "inject",
     "injected_config",
     "load_adapter",
+    "load_litgpt",
+    "load_loralib",
     "lora_layers",
     "lora_linear",
     "merge",
     "merge_and_unload",
     "parse_targets",
     "read_examples",
+    "register_quantized",
     "save_adapter",
     "set_adapter",
     "unmerge",

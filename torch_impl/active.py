@@ -15,6 +15,7 @@ def set_adapter(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
 
     Raises:
         TargetError: one is not there, two train the same tensor whole, or the model is merged.
+        ConfigError: several, and one of them has a magnitude (DoRA) in a layer of another.
     """
     state = injected(model)
     names = (adapter_names,) if isinstance(adapter_names, str) else tuple(adapter_names)

@@ -8,7 +8,9 @@ from torch import nn
 from loracle.reference import TargetError
 
 from .layer import LoraLayer
+from .module_tree import layers_of, wrappers
 from .targets import Targets
+from .token_rows import TokenRows
 from .whole_tensors import WholeTensor, trainable
 
 _ATTRIBUTE = "_loracle_injected"
@@ -22,11 +24,18 @@ class InjectedAdapter:
         targets: its configuration, resolved against the model.
         layers: its layers by path, in the model's order; stacked parameters by their full names.
         whole: the tensors that are trained whole, by name.
+        tokens: the layers some of whose rows are trained, by path; those of tied weights share theirs.
     """
 
     targets: Targets
     layers: Mapping[str, LoraLayer]
     whole: Mapping[str, WholeTensor]
+    tokens: Mapping[str, TokenRows] = field(default_factory=dict)
+
+    @property
+    def placed(self) -> dict[str, LoraLayer]:
+        """All layers that the adapter has something in, by path."""
+        return {**self.layers, **self.tokens}
 
 
 @dataclass(eq=False)
@@ -54,7 +63,8 @@ class Injected:
         """Let the named adapters count: their updates, and their whole tensors in the base's places.
 
         Raises:
-            TargetError: one is not there, or two have a whole tensor for one place.
+            TargetError: one is not there, or two have a whole tensor for one place, or rows of one.
+            ConfigError: two that a layer can't have at once; see `LoraLayer.check_active`.
         """
         owners: dict[int, str] = {}
         for name in names:
@@ -67,6 +77,10 @@ class Injected:
                         f"{name}; activate one of them"
                     )
         for adapter in self.adapters.values():
+            for path, layer in adapter.placed.items():
+                layer.check_active(names, path)
+        self._check_rows(names)
+        for adapter in self.adapters.values():
             trainable(adapter.whole, False)
             for tensor in adapter.whole.values():
                 tensor.put(trained=False)
@@ -75,9 +89,26 @@ class Injected:
             trainable(adapter.whole, True)
             for tensor in adapter.whole.values():
                 tensor.put(trained=True)
-        for layer in {id(own): own for a in self.adapters.values() for own in a.layers.values()}.values():
+        for layer in {id(own): own for a in self.adapters.values() for own in a.placed.values()}.values():
             layer.activate(names)
         self.active = tuple(names)
+
+    def _check_rows(self, names: Sequence[str]) -> None:
+        """Check that no active adapter trains rows of what another trains whole."""
+        rows = {
+            id(layer.base_layer): (path, name)
+            for name in names
+            for path, layer in self.adapters[name].tokens.items()
+        }
+        for name in names:
+            for full, tensor in self.adapters[name].whole.items():
+                for place in tensor.places:
+                    if id(place.module) in rows and place.attribute == "weight":
+                        path, other = rows[id(place.module)]
+                        raise TargetError(
+                            f"{full}: expected one active adapter that trains it, got {name}, and {other} "
+                            f"with trained rows of {path}; activate one of them"
+                        )
 
 
 def injected(model: nn.Module) -> Injected:
@@ -110,5 +141,11 @@ def forget(model: nn.Module) -> None:
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
-    """Return the model's adapted layers by path, in the model's order."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+    """Return the model's adapted layers by path, in the model's order.
+
+    Those of stacked parameters have the parameters' full names.
+    """
+    found: dict[str, LoraLayer] = {}
+    for path, wrapper in wrappers(model).items():
+        found |= layers_of(wrapper, path)
+    return found

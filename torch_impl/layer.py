@@ -109,6 +109,8 @@ class LoraLayer(nn.Module):
         if self.merged:
             raise TargetError("LoraLayer: expected an unmerged layer, got a merged one; unmerge it first")
         self.adapters[name] = self.start(options, generator)
+        # A layer put into a model in evaluation must not drop anything.
+        self.train(self.base_layer.training)
 
     def remove_adapter(self, name: str) -> None:
         """Take an adapter away, if it is there."""
@@ -116,8 +118,27 @@ class LoraLayer(nn.Module):
             del self.adapters[name]
         self._active = tuple(other for other in self._active if other != name)
 
+    def check_active(self, names: Sequence[str], label: str) -> None:
+        """Check that the named adapters, those that this layer has, can count at once.
+
+        Raises:
+            ConfigError: several, and one has a magnitude: what the norm would be then is not defined.
+        """
+        own = [name for name in names if name in self.adapters]
+        rescaling = [name for name in own if self.update(name).lora_magnitude_vector is not None]
+        if rescaling and len(own) > 1:
+            raise ConfigError(
+                f"use_dora: expected the one active adapter of {label}, got {rescaling[0]} among "
+                f"{', '.join(own)}; activate one of them"
+            )
+
     def activate(self, names: Sequence[str]) -> None:
-        """Let the named adapters count, those that this layer has; the others' tensors do not train."""
+        """Let the named adapters count, those that this layer has; the others' tensors do not train.
+
+        Raises:
+            ConfigError: see `check_active`.
+        """
+        self.check_active(names, "the layer")
         self._active = tuple(name for name in names if name in self.adapters)
         for name, update in self.adapters.items():
             update.requires_grad_(name in self._active)

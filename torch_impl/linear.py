@@ -8,15 +8,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loracle.reference import ConfigError, LowRank, TargetError, merge_adapters, merge_bias
+from loracle.reference import LowRank, TargetError, merge_adapters, merge_bias, merge_dora
 
 from .arrays import array_of
+from .dora import check_norm, dora_linear, dora_norm
 from .dropout import SeededDropout, drawn_dropout, multiplier
 from .function import Member, Term, compute_dtype, lora_products
 from .layer import LoraLayer
+from .quantization import is_quantized
 from .shared_input import Sharing
 from .starts import linear_update
-from .update import LoraUpdate, UpdateOptions
+from .update import LoraUpdate, UpdateOptions, adapter_dtype
 
 
 class LoraLinear(LoraLayer):
@@ -26,6 +28,9 @@ class LoraLinear(LoraLayer):
     both float32 whatever the base's dtype, or float64 beside a float64 base. ``lora_B`` starts at zero
     unless ``init_lora_weights`` says otherwise, so a fresh layer computes what its base does. For the dtype
     of the products see `loracle.torch_impl.lora_linear`.
+
+    With ``use_dora`` each output is rescaled to a magnitude, `loracle.torch_impl.dora_linear`, which starts
+    as the norm that it is divided by.
 
     Args:
         base_layer: the layer to adapt, an ``nn.Linear`` or a transformers ``Conv1D``, whose weight is stored
@@ -40,7 +45,7 @@ class LoraLinear(LoraLayer):
     kind = "linear"
 
     def __init__(self, base_layer: nn.Module) -> None:
-        if not isinstance(base_layer, nn.Linear | Conv1D):
+        if not isinstance(base_layer, nn.Linear | Conv1D) or is_quantized(base_layer):
             raise TargetError(
                 f"base_layer: expected nn.Linear or Conv1D, got {type(base_layer).__name__}; "
                 "target linear layers"
@@ -66,18 +71,27 @@ class LoraLinear(LoraLayer):
 
     def start(self, options: UpdateOptions, generator: torch.Generator | None) -> LoraUpdate:
         """Return a new adapter; see `loracle.torch_impl.starts.linear_update`."""
-        if options.use_dora:
-            raise ConfigError("use_dora: expected False for this layer, got True; it has no magnitude")
         bias = None
         if options.lora_bias:
-            bias = torch.zeros(self.out_features, device=self.weight.device, dtype=torch.float32)
-        return linear_update(self.matrix, options, generator, lora_bias=bias)
+            dtype = adapter_dtype(self.weight)
+            bias = torch.zeros(self.out_features, device=self.weight.device, dtype=dtype)
+        update = linear_update(self.matrix, options, generator, lora_bias=bias)
+        if options.use_dora:
+            norm = dora_norm(self.matrix, *update.matrices(), update.scaling)
+            check_norm(norm)
+            update.lora_magnitude_vector = nn.Parameter(norm)
+        return update
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
         if self.merged or not self.updates:
             y: Tensor = self.base_layer(x)
             return y
+        update = self.updates[0]
+        if update.lora_magnitude_vector is not None:
+            A, B = update.matrices()
+            operands = (self.matrix, self.bias, A, B, update.scaling, update.lora_magnitude_vector)
+            return dora_linear(x, *operands, self._draw(update, x))
         shared = None if self.sharing is None else self.sharing.take(self, x)
         if shared is not None:
             return shared
@@ -86,7 +100,8 @@ class LoraLinear(LoraLayer):
     @property
     def is_low_rank(self) -> bool:
         """Whether the layer now computes its base's product and `terms`, at least one, and nothing else."""
-        return bool(self.updates)
+        updates = self.updates
+        return bool(updates) and all(update.lora_magnitude_vector is None for update in updates)
 
     def member(self) -> Member:
         """Return the frozen part, for `lora_products`."""
@@ -113,7 +128,10 @@ class LoraLinear(LoraLayer):
 
     def merged_arrays(self, names: Sequence[str], label: str) -> dict[str, NDArray[Any]]:
         """See `LoraLayer.merged_arrays`; a bias appears where a bias of lora_B is to go."""
-        adapters = [self.low_rank(name) for name in names]
+        magnitude = self.update(names[0]).lora_magnitude_vector if names else None
+        if magnitude is not None:
+            return {"weight": self._merged_dora(names[0], array_of(magnitude), f"{label}.weight")}
+        adapters = [own for name in names for own in self.low_ranks(name)]
         merged = {
             "weight": merge_adapters(
                 array_of(self.base_weight),
@@ -127,9 +145,15 @@ class LoraLinear(LoraLayer):
             merged["bias"] = merge_bias(array_of(bias), adapters, name=f"{label}.bias")
         return merged
 
-    def low_rank(self, name: str) -> LowRank:
-        """Return the named adapter's whole update."""
+    def _merged_dora(self, name: str, magnitude: NDArray[Any], label: str) -> NDArray[Any]:
+        W0, (own,) = array_of(self.base_weight), self.low_ranks(name)
+        operands = (own.A, own.B, own.scaling, magnitude)
+        merged = merge_dora(W0.T if self.fan_in_fan_out else W0, *operands, name=label)
+        return merged.T if self.fan_in_fan_out else merged
+
+    def low_ranks(self, name: str) -> list[LowRank]:
+        """Return the named adapter's updates, which add up."""
         update = self.update(name)
         A, B = update.matrices()
         bias = None if update.lora_bias is None else array_of(update.lora_bias)
-        return LowRank(array_of(A), array_of(B), update.scaling, bias=bias)
+        return [LowRank(array_of(A), array_of(B), update.scaling, bias=bias)]

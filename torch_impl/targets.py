@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loracle.files import LoraConfig
@@ -13,6 +13,10 @@ from loracle.reference import ConfigError, TargetError
 
 from .architectures import attention_targets, default_targets
 from .layer import LoraLayer
+from .module_tree import base_modules
+from .parameters import parameter_shapes
+from .quantization import is_quantized
+from .ties import tied_targets, token_targets
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -23,16 +27,20 @@ class Targets:
 
     Attributes:
         config: with shorthands resolved to names, so that PEFT understands it.
-        modules: paths of the modules to adapt, in the model's order.
+        modules: paths of the modules to adapt, in the model's order; after a MultiheadAttention its out_proj.
         parameters: full names of the stacked parameters to adapt, in the model's order.
-        tied: paths of modules that share the weight of a module to adapt, by that module's path; the one
+        tied: path of a module that shares the weight of an embedding to adapt, to that one's path; the one
             update counts in both.
+        tokens: path of an embedding or output layer to the tokens whose rows are trained.
+        tied_tokens: path of a module that shares the weight of one of these, to that one's path.
     """
 
     config: LoraConfig
     modules: tuple[str, ...]
     parameters: tuple[str, ...]
     tied: Mapping[str, str]
+    tokens: Mapping[str, tuple[int, ...]]
+    tied_tokens: Mapping[str, str]
 
 
 def parse_targets(text: str) -> tuple[str, ...] | str:
@@ -52,30 +60,12 @@ def parse_targets(text: str) -> tuple[str, ...] | str:
     return names
 
 
-def base_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the model's modules by path as they were before anything was injected, in the model's order.
-
-    A module that occurs twice has both its paths.
-    """
-    modules: dict[str, nn.Module] = {}
-    inside: str | None = None
-    for path, module in model.named_modules(remove_duplicate=False):
-        if inside is not None and path.startswith(inside):
-            outer, within = inside.removesuffix("."), path.removeprefix(inside)
-            if within == "base_layer":
-                modules[outer] = module
-            elif within.startswith("base_layer."):
-                modules[f"{outer}.{within.removeprefix('base_layer.')}"] = module
-        else:
-            inside = f"{path}." if isinstance(module, LoraLayer) else None
-            modules[path] = module
-    return modules
-
-
 def is_plain_linear(module: nn.Module, path: str, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether calling the module, and nothing else, is what computes ``x W^T + b``."""
-    plain = (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward) or (
-        isinstance(module, Conv1D) and type(module).forward is Conv1D.forward
+    """Whether calling the module, and nothing else, is what computes ``x W^T + b``, W quantised or not."""
+    plain = (
+        (isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward)
+        or (isinstance(module, Conv1D) and type(module).forward is Conv1D.forward)
+        or is_quantized(module)
     )
     # MultiheadAttention reads out_proj.weight and never calls the module.
     return plain and not isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
@@ -95,7 +85,7 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> Targets:
     modules = base_modules(model)
     config = _named(model, config, modules)
     matched = [path for path in modules if path and config.targets(path)] if config.target_modules else []
-    parameters = _parameters(modules, config)
+    parameters = _parameters(modules, config, matched)
     if not matched and not parameters:
         raise TargetError(
             f"target_modules: expected the name of a linear layer, got {_shown(config.target_modules)}, "
@@ -109,12 +99,14 @@ def resolve_targets(model: nn.Module, config: LoraConfig) -> Targets:
                 f"{path}: expected a layer that the model calls, got a part of an nn.MultiheadAttention, "
                 f"which reads its weight alone; name the whole module, {outer}"
             )
-    tied = _tied(matched, modules, config)
-    matched = [path for path in matched if path not in tied and not _is_out_proj(path, modules)]
+    matched = _with_out_proj(matched, modules, config)
+    config, matched, tied = tied_targets(matched, modules, config)
+    updated = (*matched, *tied, *(full.rpartition(".")[0] for full in parameters))
+    tokens, tied_tokens = token_targets(model, modules, config, updated)
     if any(isinstance(modules[path], Conv1D) for path in matched) != config.fan_in_fan_out:
         # It says how a weight is stored, which the model's class decides.
         config = replace(config, fan_in_fan_out=not config.fan_in_fan_out)
-    return Targets(config, tuple(matched), parameters, tied)
+    return Targets(config, tuple(matched), parameters, tied, tokens, tied_tokens)
 
 
 def _named(model: nn.Module, config: LoraConfig, modules: Mapping[str, nn.Module]) -> LoraConfig:
@@ -159,17 +151,21 @@ def _every_linear(
     return replace(config, target_modules=paths)
 
 
-def _parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> tuple[str, ...]:
+def _parameters(
+    modules: Mapping[str, nn.Module], config: LoraConfig, matched: Iterable[str]
+) -> tuple[str, ...]:
     """Return the names of the parameters that ``target_parameters`` matches.
 
     Raises:
-        TargetError: one of its entries matches none.
+        TargetError: one of its entries matches none, or a match can't be adapted.
+        ShapeError: a match is neither a matrix nor a stack of such.
     """
     found = []
     for path, module in modules.items():
         for name, _ in module.named_parameters(recurse=False):
             full = f"{path}.{name}" if path else name
             if config.targets_parameter(full):
+                _check_parameter(full, modules, matched)
                 found.append(full)
     for entry in config.target_parameters or ():
         if not any(matches(full, (entry,)) for full in found):
@@ -178,6 +174,40 @@ def _parameters(modules: Mapping[str, nn.Module], config: LoraConfig) -> tuple[s
                 "which none matches; name the module and the parameter, as in mlp.experts.down_proj"
             )
     return tuple(found)
+
+
+def _check_parameter(full: str, modules: Mapping[str, nn.Module], matched: Iterable[str]) -> None:
+    """Check that the parameter is read by a call of its module, by nobody else, and is adapted once."""
+    path, _, name = full.rpartition(".")
+    module = modules[path]
+    if not path or type(module).forward is nn.Module.forward or _is_out_proj(path, modules):
+        raise TargetError(
+            f"{full}: expected a parameter of a module that the model calls, got one of "
+            f"{type(module).__name__}; leave it out of target_parameters"
+        )
+    if path in matched:
+        raise TargetError(
+            f"{full}: expected one target for it, got target_modules for {path} too; leave one of them out"
+        )
+    parameter = getattr(module, name)
+    if not parameter.is_floating_point() or parameter.element_size() == 1:
+        raise TargetError(
+            f"{full}: expected float16, bfloat16, float32 or float64, got {parameter.dtype}; "
+            "leave it out of target_parameters"
+        )
+    parameter_shapes(module, name, 1)
+    _check_own(full, parameter, modules)
+
+
+def _check_own(name: str, parameter: Tensor, modules: Mapping[str, nn.Module]) -> None:
+    """Check that one module alone, under one path, has the parameter."""
+    path = name.rpartition(".")[0]
+    for other, module in modules.items():
+        if other != path and any(own is parameter for own in module.parameters(recurse=False)):
+            raise TargetError(
+                f"{name}: expected a parameter of its own, got one that {other} has too; an update of it "
+                "would count in one of them: leave it out of the targets"
+            )
 
 
 def _check_kind(path: str, modules: Mapping[str, nn.Module]) -> None:
@@ -199,29 +229,32 @@ def _is_out_proj(path: str, modules: Mapping[str, nn.Module]) -> bool:
     return isinstance(modules.get(path.rpartition(".")[0]), nn.MultiheadAttention)
 
 
-def _tied(matched: Iterable[str], modules: Mapping[str, nn.Module], config: LoraConfig) -> dict[str, str]:
-    """Return which other modules share the weight of a matched one.
+def _with_out_proj(matched: Iterable[str], modules: Mapping[str, nn.Module], config: LoraConfig) -> list[str]:
+    """Return the paths, and that of each MultiheadAttention's output projection, which is adapted with it.
 
     Raises:
-        TargetError: one is shared, and ``ensure_weight_tying`` does not say that its update is.
+        TargetError: a MultiheadAttention shares its weights.
+        ConfigError: the patterns give the two different values, of which PEFT would use the module's own.
     """
-    owners: dict[int, list[str]] = defaultdict(list)
-    for path, module in modules.items():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].append(path)
-    tied: dict[str, str] = {}
+    found: dict[str, None] = {}
     for path in matched:
-        weight = getattr(modules[path], "weight", None)
-        others = [owner for owner in owners[id(weight)] if owner != path] if weight is not None else []
-        if others and path not in tied:
-            if not config.ensure_weight_tying:
-                raise TargetError(
-                    f"{path}.weight: expected a weight of its own, got one tied to {others[0]}; a merge "
-                    "would change both: leave it out of the targets, or set ensure_weight_tying for one "
-                    "update that counts in both"
+        found[path] = None
+        module = modules[path]
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        out = f"{path}.out_proj"
+        found[out] = None
+        for option, value in (("rank_pattern", config.rank_of), ("alpha_pattern", config.alpha_of)):
+            if value(path) != value(out):
+                raise ConfigError(
+                    f"{option}: expected one value for {path} and {out}, which PEFT adapts together, got "
+                    f"{value(path)} and {value(out)}; use a pattern for both, as in "
+                    f"{path.rpartition('.')[2]}(\\.out_proj)?"
                 )
-            tied |= dict.fromkeys(others, path)
-    return tied
+        if module.in_proj_weight is not None:
+            _check_own(f"{path}.in_proj_weight", module.in_proj_weight, modules)
+            _check_own(f"{out}.weight", module.out_proj.weight, modules)
+    return list(found)
 
 
 def _candidates(modules: Mapping[str, nn.Module]) -> str:

@@ -1,0 +1,198 @@
+"""Adapters in the pickled files of loralib and LitGPT, loaded into a model."""
+
+import pickle
+import struct
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from loracle.files import Adapter, adapter_from_litgpt, adapter_from_loralib
+from loracle.reference import ConfigError, FileError
+
+from .adapter_io import load_adapter
+from .arrays import array_of
+from .layer import DEFAULT
+
+# What reading a file that is no pickle, a cut one, or one made to deceive has been seen to raise.
+_UNREADABLE = (
+    OSError,
+    EOFError,
+    RuntimeError,
+    pickle.UnpicklingError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    OverflowError,
+    ImportError,
+    MemoryError,
+    struct.error,
+)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def load_loralib(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    enable_lora: Mapping[str, Sequence[bool]] | None = None,
+    embeddings: Sequence[str] = (),
+    convolutions: Sequence[str] = (),
+    adapter_name: str = DEFAULT,
+) -> tuple[str, ...]:
+    """Load what ``torch.save(loralib.lora_state_dict(model), path)`` wrote, and return the adapted paths.
+
+    Each layer computes what loralib's does; how weights are stored the model says. A MergedLinear comes as
+    one pair of r ranks for each slice together (`LoraFusedLinear.pair`): the same numbers, but if it is
+    trained on, the zeros in its lora_B train, too.
+
+    Args:
+        model: with loralib's module paths; changed in place, untouched when an error is raised.
+        path: the file; read without running any code in it.
+        r, lora_alpha, lora_dropout, enable_lora, embeddings, convolutions: see
+            `loracle.files.adapter_from_loralib`.
+        adapter_name: what to call it.
+
+    Raises:
+        FileError: the file can't be read, or holds something else than a dict of tensors.
+        LoracleError: as `loracle.files.adapter_from_loralib` and `load_adapter` do.
+    """
+    adapter = adapter_from_loralib(
+        _arrays(Path(path), _read(Path(path))),
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        enable_lora=enable_lora,
+        embeddings=embeddings,
+        convolutions=convolutions,
+    )
+    return load_adapter(model, _with_untrained_biases(adapter, model), adapter_name)
+
+
+def load_litgpt(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    lora_r: int,
+    lora_alpha: float,
+    lora_dropout: float = 0.0,
+    lora_query: bool = True,
+    lora_key: bool = False,
+    lora_value: bool = True,
+    adapter_name: str = DEFAULT,
+) -> tuple[str, ...]:
+    """Load LitGPT's ``lit_model.pth.lora`` into a Llama-like model, and return the adapted paths.
+
+    Args:
+        model: of transformers; its configuration says how many heads there are of which size.
+        path: the file; read without running any code in it.
+        lora_r, lora_alpha, lora_dropout, lora_query, lora_key, lora_value: as in ``hyperparameters.yaml``
+            beside it.
+        adapter_name: what to call it.
+
+    Raises:
+        FileError: the file can't be read, or holds something else than a dict of tensors.
+        ConfigError: the model's configuration doesn't tell its heads.
+        LoracleError: as `loracle.files.adapter_from_litgpt` and `load_adapter` do.
+    """
+    heads, groups, size = _heads(model)
+    state = _read(Path(path))
+    inner = state.get("model")
+    adapter = adapter_from_litgpt(
+        _arrays(Path(path), inner if isinstance(inner, Mapping) and len(state) == 1 else state),
+        lora_r=lora_r,
+        lora_alpha=lora_alpha,
+        n_head=heads,
+        n_query_groups=groups,
+        head_size=size,
+        lora_dropout=lora_dropout,
+        lora_query=lora_query,
+        lora_key=lora_key,
+        lora_value=lora_value,
+    )
+    return load_adapter(model, adapter, adapter_name)
+
+
+def _with_untrained_biases(adapter: Adapter, model: nn.Module) -> Adapter:
+    """Return the adapter with the model's own biases where ``bias="lora_only"`` leaves some out.
+
+    loralib does for its Conv2d, whose bias is that of a layer inside it.
+    """
+    if adapter.config.bias != "lora_only":
+        return adapter
+    own = dict(model.named_parameters())
+    missing = {f"{path}.bias" for path in adapter.pairs} & own.keys() - adapter.tensors.keys()
+    biases = {name: array_of(own[name]).copy() for name in sorted(missing)}
+    return Adapter(adapter.config, adapter.pairs, {**adapter.tensors, **biases})
+
+
+def _heads(model: nn.Module) -> tuple[int, int, int]:
+    """Return the numbers of query heads and of key and value heads, and their size."""
+    config = getattr(model, "config", None)
+    heads = getattr(config, "num_attention_heads", None)
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    size = getattr(config, "head_dim", None)
+    if size is None and isinstance(heads, int) and heads > 0:
+        size = getattr(config, "hidden_size", 0) // heads
+    if not (isinstance(heads, int) and isinstance(groups, int) and isinstance(size, int) and size):
+        raise ConfigError(
+            f"model.config: expected num_attention_heads and hidden_size or head_dim of a Llama-like model, "
+            f"got {type(model).__name__} without them; load into the transformers model"
+        )
+    return heads, groups, size
+
+
+def _read(path: Path) -> Mapping[Any, Any]:
+    """Return the mapping that the file holds; nothing in it is run.
+
+    Raises:
+        FileError: it can't be read, or is no mapping.
+    """
+    if not path.is_file():
+        raise FileError(f"{path}: no such file; check the path")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except _UNREADABLE as error:
+        raise FileError(
+            f"{path}: expected a file of torch.save with tensors alone, got one that can't be read as such "
+            f"({type(error).__name__}); save the state dict again"
+        ) from None
+    if not isinstance(state, Mapping):
+        raise FileError(f"{path}: expected a dict of tensors, got {type(state).__name__}; save a state dict")
+    return state
+
+
+def _arrays(path: Path, state: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
+    """Return the tensors as arrays by name.
+
+    Raises:
+        FileError: a name is no string, or a value no plain tensor of numbers that are in the file.
+    """
+    arrays = {}
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise FileError(
+                f"{path}: expected a dict of names and tensors, got {type(value).__name__} at {name!r:.80}; "
+                "save a state dict"
+            )
+        # A view of few numbers may claim any shape, and take that much memory once it is computed with.
+        if (
+            value.layout is not torch.strided
+            or value.device.type != "cpu"
+            or value.dtype not in _FLOATS
+            or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+        ):
+            raise FileError(
+                f"{path}: {name}: expected a plain floating-point tensor, got {value.dtype} {value.layout} "
+                f"of shape {tuple(value.shape)} on {value.device.type}; save it dense, on the CPU"
+            )
+        arrays[name] = array_of(value)
+    return arrays
