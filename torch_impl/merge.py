@@ -9,7 +9,7 @@ from loracle.reference import TargetError
 
 from .arrays import tensor_of
 from .inject import unload
-from .injected import injected, lora_layers
+from .injected import lora_layers
 
 
 def merge(model: nn.Module) -> tuple[str, ...]:
@@ -26,11 +26,13 @@ def merge(model: nn.Module) -> tuple[str, ...]:
         TargetError: the model has no active adapters, or a layer is merged already.
         NonFiniteError: a tensor holds NaN or infinity, or a merged entry overflows; it is named.
     """
-    if not injected(model).active:
+    layers = lora_layers(model)
+    if not layers:
+        raise TargetError(f"{type(model).__name__}: expected a model with adapters, got none; inject() first")
+    if not any(layer.active for layer in layers.values()):
         raise TargetError(
             f"{type(model).__name__}: expected an active adapter, got none; set_adapter() first"
         )
-    layers = lora_layers(model)
     for path, layer in layers.items():
         if layer.merged:
             raise TargetError(f"{path}: expected an unmerged adapter, got a merged one; unmerge() first")
