@@ -427,6 +427,9 @@ def test_a_model_without_adapters_is_dequantised_too() -> None:
     assert type(model.first) is nn.Linear
     assert not model.first.weight.requires_grad
     assert same_bits(model(X), y)
+    wider = Model()
+    dequantize(wider, dtype=torch.float64)
+    assert torch.equal(wider.first(X.double()), Model().first(X).double())
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
