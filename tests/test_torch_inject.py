@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch_fixtures import Chain, same_bits, tiny_llama
+from transformers import BertConfig, BertForSequenceClassification
 
 from loracle.files import LoraConfig
 from loracle.reference import ConfigError, TargetError
@@ -224,3 +225,15 @@ def test_a_model_in_evaluation_drops_nothing() -> None:
     model = Chain().eval()
     inject(model, LoraConfig(r=2, lora_dropout=0.5))
     assert not any(module.training for module in model.modules())
+
+
+def test_a_classifiers_head_is_trained_as_peft_has_it() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=30, num_labels=3, **sizes)
+    options: dict[str, Any] = {"r": 2, "target_modules": ["query"], "task_type": "SEQ_CLS"}
+    theirs = peft.get_peft_model(BertForSequenceClassification(config), peft.LoraConfig(**options))
+    model = BertForSequenceClassification(config)
+    inject(model, LoraConfig(**options))
+    assert injected_config(model).modules_to_save == tuple(theirs.peft_config["default"].modules_to_save)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name for name in trained if "lora_" not in name} == {"classifier.weight", "classifier.bias"}

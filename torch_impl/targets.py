@@ -12,6 +12,7 @@ from loracle.files.matching import matches
 from loracle.reference import ConfigError, TargetError
 
 from .architectures import attention_targets, default_targets
+from .heads import with_head
 from .layer import LoraLayer
 from .module_tree import base_modules
 from .parameters import parameter_shapes
@@ -83,7 +84,7 @@ def output_embedding(model: nn.Module) -> nn.Module | None:
 def resolve_targets(model: nn.Module, config: LoraConfig) -> Targets:
     """Return what `inject` adapts; see there."""
     modules = base_modules(model)
-    config = _named(model, config, modules)
+    config = _named(model, with_head(config), modules)
     matched = [path for path in modules if path and config.targets(path)] if config.target_modules else []
     parameters = _parameters(modules, config, matched)
     if not matched and not parameters:

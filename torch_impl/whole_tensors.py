@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from loracle.files import LoraConfig
 from loracle.reference import TargetError
 
+from .heads import HEADS
 from .layer import LoraLayer
 
 
@@ -125,8 +126,8 @@ def _outer(path: str) -> list[str]:
 
 def _check_saved(modules: Mapping[str, nn.Module], config: LoraConfig) -> None:
     for name in config.modules_to_save or ():
-        only = [path for path in modules if path.endswith(name)]
-        if not only:
+        # PEFT names every head there may be.
+        if name not in HEADS and not any(path.endswith(name) for path in modules):
             raise TargetError(
                 f"modules_to_save: expected names of the model's modules, got {name!r}, which none has; "
                 "correct it or leave it out"
