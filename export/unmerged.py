@@ -25,9 +25,19 @@ _DOMAIN = "com.microsoft"
 def add_adapter(template: GraphTemplate, adapter: Adapter) -> None:
     """Put two products and a sum beside each adapted product of `template`, in place.
 
-    Raises TargetError where an adapted weight is not used by exactly one product.
+    Raises TargetError where an adapted weight is not used by exactly one product, or the adapter is more than
+    lora_A and lora_B of linear layers.
     """
     graph = template.model.graph
+    more = [*adapter.tensors, *adapter.tokens]
+    for path, pair in adapter.pairs.items():
+        if pair.kind != "linear" or pair.bias is not None or pair.magnitude is not None:
+            more.append(path)
+    if more:
+        raise TargetError(
+            f"{more[0]}: expected lora_A and lora_B of linear layers alone to leave in the graph, got more; "
+            "export the merged model"
+        )
     for path, pair in adapter.pairs.items():
         weight = f"{path}.weight"
         uses = list(graph.initializers[weight].uses()) if weight in graph.initializers else []

@@ -28,7 +28,6 @@ class IntervalEvaluator:
 
     def __init__(self, A: Float64, dtype: np.dtype[Any], target: FloatFormat) -> None:
         """Take A, (r, columns), and the dtype to work in."""
-        self._target = target
         self._narrow = target.dtype.itemsize == 2
         self._r, self._columns = A.shape
         terms = self._r if self._narrow else self._r + 1

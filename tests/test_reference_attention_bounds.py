@@ -604,11 +604,32 @@ def test_the_gradient_of_x_has_the_bound_of_each_projection_it_comes_through(par
     assert not outside({"dx": everything(block)["dx"]}, block, F32)
 
 
+@pytest.mark.parametrize("rotary", [True, False])
+def test_gradients_are_rotated_back_where_queries_and_keys_were_rotated(monkeypatch, rotary):
+    module = sys.modules["loracle.reference.attention_bounds"]
+    plain, seen = module.attend_backward, []
+
+    def logged(dcontext, forward, attention, tables, mean):
+        seen.append(tables)
+        return plain(dcontext, forward, attention, tables, mean)
+
+    monkeypatch.setattr(module, "attend_backward", logged)
+    bounds_of(gaussian_block(3, n=1, length=4, d=5, heads=(2, 1, 4), rotary=rotary, dtype=F32), F32)
+    assert [tables is not None for tables in seen] == [rotary]
+
+
 def test_the_adapters_bias_moves_the_context_and_with_it_the_output():
     block = gaussian_block(3, n=1, length=4, d=5, heads=(2, 1, 4), adapters=1, dtype=F32)
     own = block.projections.v.adapters[0]
     plain = bounds_of(block.with_projection("v", adapters=(replace(own, bias=None),)), F32)
     biased = bounds_of(block.with_projection("v", adapters=(replace(own, bias=np.full(4, 50, F32)),)), F32)
+    assert (biased["y"] > 2 * plain["y"]).all()
+
+
+def test_a_projections_bias_moves_the_context_and_with_it_the_output():
+    block = gaussian_block(3, n=1, length=4, d=5, heads=(2, 1, 4), adapters=1, dtype=F32)
+    plain = bounds_of(block, F32)
+    biased = bounds_of(block.with_projection("v", bias=np.full(4, 50, F32)), F32)
     assert (biased["y"] > 2 * plain["y"]).all()
 
 
