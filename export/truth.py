@@ -20,8 +20,8 @@ from transformers.masking_utils import eager_mask
 
 from loracle.files import Adapter
 from loracle.reference import ConfigError, product_noise, unit_roundoff
-from loracle.torch_impl.linear import LoraLinear
 from loracle.torch_impl.adapter_io import load_adapter
+from loracle.torch_impl.linear import LoraLinear
 from loracle.torch_impl.loading import quiet_transformers
 
 #: The tolerance is this many times the largest deviation sampled: the maximum of a few draws lies below the
