@@ -38,7 +38,7 @@ from loracle.reference import (
 )
 from loracle.torch_impl import lora_linear
 from loracle.torch_impl.arrays import array_of
-from loracle.torch_impl.function import compute_dtype
+from loracle.torch_impl.function_rules import compute_dtype
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from loracle.reference import ConfigError, DataError, DTypeError, ShapeError, TargetError
 
 from .encoding import IGNORED
-from .function import compute_dtype
+from .function_rules import compute_dtype
 
 CPU_CHUNK_BYTES = 64 * 2**20
 """What a chunk takes on the CPU by default: some 200 rows of 50,000 logits. With a quarter of that both

@@ -11,8 +11,6 @@ from loracle.reference import ConfigError, LowRank, TargetError, merge_bias, mer
 
 from .arrays import array_of
 from .convolution_function import ConvolutionTerm, Geometry, lora_convolution
-from .dropout import SeededDropout, drawn_dropout, multiplier
-from .function import compute_dtype
 from .layer import LoraLayer
 from .plain_starts import plain_update
 from .update import LoraUpdate, UpdateOptions, adapter_dtype
@@ -76,13 +74,6 @@ class LoraConvolution(LoraLayer):
             for update in self.updates
         ]
         return lora_convolution(x, self.weight, self.bias, terms, Geometry.of(self.base_layer))
-
-    def _draw(self, update: LoraUpdate, x: Tensor) -> SeededDropout | Tensor | None:
-        p = update.options.dropout
-        if not self.training or p == 0.0:
-            return None
-        # A compiled graph has no generators of its own; it draws and keeps masks as its compiler sees fit.
-        return multiplier(x, p, compute_dtype(x)) if torch.compiler.is_compiling() else drawn_dropout(p)
 
     def merged_arrays(self, names: Sequence[str], label: str) -> dict[str, NDArray[Any]]:
         """See `LoraLayer.merged_arrays`; a bias appears where a bias of lora_B is to go."""

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from loracle.reference import ConfigError, DTypeError, ShapeError, TargetError
+from loracle.reference import ShapeError
 
 from .dropout import SeededDropout
-from .function import compute_dtype
+from .function_rules import check_dtype, check_frozen, compute_dtype, refuse_twice, scaled
 
 _T = TypeVar("_T")
 _CONVOLUTIONS = {1: nn.functional.conv1d, 2: nn.functional.conv2d, 3: nn.functional.conv3d}
@@ -148,15 +148,8 @@ def _check(x: Tensor, W0: Tensor, geometry: Geometry) -> None:
             f"x: expected shape (N, {channels}, {spatial}) or ({channels}, {spatial}) beside W0 of shape "
             f"{tuple(W0.shape)}, got {tuple(x.shape)}; check its axes"
         )
-    if W0.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
-        raise DTypeError(
-            f"x: expected W0's {W0.dtype}, got {x.dtype}; cast one of them, or run under torch.autocast"
-        )
-    if W0.requires_grad:
-        raise TargetError(
-            "W0: expected a frozen weight, got requires_grad=True; "
-            "LoRA gives it no gradient: call requires_grad_(False) on the base layer"
-        )
+    check_dtype(x, W0)
+    check_frozen(W0)
 
 
 class _LoraConvolution(torch.autograd.Function):
@@ -205,10 +198,7 @@ class _LoraConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "create_graph: expected False, got True; the LoRA product can be differentiated once only"
-            )
+        refuse_twice("the LoRA product")
         geometry: Geometry = ctx.geometry
         need_x, _, need_bias, *need = ctx.needs_input_grad[4:]
         _, need_A, need_B, need_lora_bias = _parts(need)
@@ -229,7 +219,7 @@ class _LoraConvolution(torch.autograd.Function):
                 narrow = *dy.shape[:1], width, *dy.shape[2:]
                 dh, product = _gradients(dy, Hs[i], Bs[i], one, narrow, (down, need_B[i]))
                 if need_B[i]:
-                    dB[i] = _scaled(product, update.factor, B_dtypes[i])
+                    dB[i] = scaled(product, update.factor, B_dtypes[i])
                 if down:
                     mask = _mask(dy, update, given[i], geometry, ctx.shape)
                     dropped = x if mask is None or not need_A[i] else mask * x
@@ -238,13 +228,13 @@ class _LoraConvolution(torch.autograd.Function):
                     )
                     if need_A[i]:
                         product = product.view(geometry.groups, *As[i].shape).sum(0)
-                        dA[i] = _scaled(product, update.factor, A_dtypes[i])
+                        dA[i] = scaled(product, update.factor, A_dtypes[i])
                     if dx is not None and mask is None:
                         dx.add_(own, alpha=update.factor)
                     elif dx is not None:
                         dx.addcmul_(own, mask, value=update.factor)
                 if need_lora_bias[i]:
-                    dlora_bias[i] = _scaled(dy.sum(each), update.scaling, lora_bias_dtypes[i])
+                    dlora_bias[i] = scaled(dy.sum(each), update.scaling, lora_bias_dtypes[i])
             dbias = dy.sum(each).to(bias_dtype) if need_bias else None
         return None, None, None, None, dx, None, dbias, *[None] * count, *dA, *dB, *dlora_bias
 
@@ -303,8 +293,3 @@ def _mask(
 ) -> Tensor | None:
     """Return what the padded input is multiplied with: a copy of a number has its number's."""
     return given if update.dropout is None else geometry.pad(update.dropout.mask(like, shape))
-
-
-def _scaled(product: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return ``scaling * product`` in ``dtype``, multiplied in the wider dtype; ``product`` may be reused."""
-    return product.to(torch.promote_types(product.dtype, dtype)).mul_(scaling).to(dtype)

@@ -5,10 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loracle.reference import ConfigError, NonFiniteError
+from loracle.reference import NonFiniteError
 
 from .dropout import SeededDropout
-from .function import Member, Term, check_products, check_shape, compute_dtype, scaled
+from .function import Member, Term, check_products
+from .function_rules import check_shape, compute_dtype, refuse_twice, scaled
 
 _linear = nn.functional.linear
 
@@ -163,10 +164,7 @@ class _DoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "create_graph: expected False, got True; the DoRA layer can be differentiated once only"
-            )
+        refuse_twice("the DoRA layer")
         if dy is None:
             return (None,) * 11
         need_x, _, need_bias, need_A, need_B, need_magnitude = ctx.needs_input_grad[3:9]

@@ -28,14 +28,12 @@ class SeededDropout:
         return like.new_empty(shape).bernoulli_(1.0 - self.p, generator=generator)
 
 
-def drawn_dropout(p: float) -> SeededDropout | None:
-    """Return dropout with a seed from torch's global generator of the CPU; None for ``p`` zero.
+def drawn_dropout(p: float) -> SeededDropout:
+    """Return dropout with a seed from torch's global generator of the CPU.
 
     So `torch.manual_seed` decides the masks, and recomputation under gradient checkpointing, which restores
     the generator, draws the same.
     """
-    if p == 0.0:
-        return None
     return SeededDropout(p, int(torch.randint(2**63 - 1, ())))
 
 

@@ -12,9 +12,7 @@ from loracle.reference import ConfigError, LowRank, TargetError, merge_embedding
 from .arrays import array_of
 from .embedding_function import EmbeddingTerm, lora_embedding
 from .shared_weight import WeightOwner
-from .update import LoraUpdate, UpdateOptions, adapter_dtype
-
-_TAKEN_FROM_W0 = ("pissa", "olora")
+from .update import TAKEN_FROM_W0, LoraUpdate, UpdateOptions, adapter_dtype
 
 
 class LoraEmbedding(WeightOwner):
@@ -85,7 +83,7 @@ class LoraEmbedding(WeightOwner):
             raise ConfigError(
                 "lora_bias: expected False for an embedding, got True; leave it out of the targets"
             )
-        if options.init in _TAKEN_FROM_W0:
+        if options.init in TAKEN_FROM_W0:
             raise ConfigError(
                 f"init_lora_weights: expected True, False, 'gaussian' or 'orthogonal' for an embedding, got "
                 f"{options.init!r}; choose one of them, or leave the embedding out of the targets"

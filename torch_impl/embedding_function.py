@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from loracle.reference import ConfigError, DTypeError, ShapeError, TargetError
+from loracle.reference import DTypeError
+
+from .function_rules import check_frozen, check_shape, refuse_twice
 
 _linear = nn.functional.linear
 
@@ -72,16 +74,8 @@ def _check(ids: Tensor, W0: Tensor, terms: Sequence[EmbeddingTerm]) -> None:
     for A, B, _ in terms:
         r = A.shape[0] if A.dim() else 0
         for name, tensor, shape in (("lora_A", A, (r, vocabulary)), ("lora_B", B, (d, r))):
-            if tuple(tensor.shape) != shape:
-                raise ShapeError(
-                    f"{name}: expected shape {shape} beside W0 of shape {tuple(W0.shape)}, "
-                    f"got {tuple(tensor.shape)}; give tensors of one layer"
-                )
-    if W0.requires_grad:
-        raise TargetError(
-            "W0: expected a frozen weight, got requires_grad=True; "
-            "LoRA gives it no gradient: call requires_grad_(False) on the base layer"
-        )
+            check_shape(name, tensor, shape, W0)
+    check_frozen(W0)
 
 
 class _LoraEmbedding(torch.autograd.Function):
@@ -122,10 +116,7 @@ class _LoraEmbedding(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "create_graph: expected False, got True; the LoRA embedding can be differentiated once only"
-            )
+        refuse_twice("the LoRA embedding")
         n = len(ctx.scalings)
         ids, scale, *saved = ctx.saved_tensors
         scale = ctx.embed_scale if scale is None else scale

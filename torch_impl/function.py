@@ -7,9 +7,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from loracle.reference import ConfigError, DTypeError, ShapeError, TargetError
-
 from .dropout import SeededDropout
+from .function_rules import check_dtype, check_frozen, check_shape, compute_dtype, refuse_twice, scaled
 
 _T = TypeVar("_T")
 _linear = nn.functional.linear
@@ -59,18 +58,6 @@ class _Stack(NamedTuple):
     scaling: float
     dropout: SeededDropout | None
     places: tuple[_Place, ...]
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that the products of a layer with input ``x`` are computed in.
-
-    Under ``torch.autocast`` for x's device it is autocast's dtype (float64 stays, as autocast leaves it
-    alone); elsewhere it is x's own.
-    """
-    device = x.device.type
-    if x.dtype is torch.float64 or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
 
 
 def lora_linear(
@@ -159,15 +146,8 @@ def check_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) 
         out_features, in_features = W0.shape
         check_shape("x", x, (*x.shape[:-1], in_features), W0)
         check_shape("bias", bias, (out_features,), W0)
-        if W0.dtype is not x.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise DTypeError(
-                f"x: expected W0's {W0.dtype}, got {x.dtype}; cast one of them, or run under torch.autocast"
-            )
-        if W0.requires_grad:
-            raise TargetError(
-                "W0: expected a frozen weight, got requires_grad=True; "
-                "LoRA gives it no gradient: call requires_grad_(False) on the base layer"
-            )
+        check_dtype(x, W0)
+        check_frozen(W0)
     for term in terms:
         W0 = members[term.member].W0
         width = W0.shape[0] if term.rows is None else term.rows[1] - term.rows[0]
@@ -177,15 +157,6 @@ def check_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) 
         check_shape("lora_bias", term.lora_bias, (width,), W0)
         if isinstance(term.dropout, Tensor):
             check_shape("multiplier", term.dropout, tuple(x.shape), W0)
-
-
-def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...], W0: Tensor) -> None:
-    """Check a tensor that is there for a layer's shape. Raises: ShapeError."""
-    if tensor is not None and (tensor.dim() == 0 or tuple(tensor.shape) != shape):
-        raise ShapeError(
-            f"{name}: expected shape {shape} beside W0 of shape {tuple(W0.shape)}, "
-            f"got {tuple(tensor.shape)}; give tensors of one layer"
-        )
 
 
 class _LoraProducts(torch.autograd.Function):
@@ -236,10 +207,7 @@ class _LoraProducts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "create_graph: expected False, got True; the LoRA product can be differentiated once only"
-            )
+        refuse_twice("the LoRA product")
         like = next((dy for dy in dys if dy is not None), None)
         if like is None:
             return (None,) * len(ctx.needs_input_grad)
@@ -360,8 +328,3 @@ def _up(parts: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor, scal
             for dy, B in zip(parts, Bs, strict=True)
         ]
     )
-
-
-def scaled(product: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """Return ``scaling * product`` in ``dtype``, multiplied in the wider dtype; ``product`` may be reused."""
-    return product.to(torch.promote_types(product.dtype, dtype)).mul_(scaling).to(dtype)

@@ -12,6 +12,8 @@ from loracle.files import LoraPair
 from loracle.reference import ConfigError, ShapeError, TargetError
 
 from .arrays import array_of, assign
+from .dropout import SeededDropout, drawn_dropout, multiplier
+from .function_rules import compute_dtype
 from .update import LoraUpdate, UpdateOptions, check_adapter_name
 
 DEFAULT = "default"
@@ -178,6 +180,14 @@ class LoraLayer(nn.Module):
         ):
             if tensor is not None and array is not None:
                 assign(tensor, array)
+
+    def _draw(self, update: LoraUpdate, x: Tensor) -> SeededDropout | Tensor | None:
+        """Return what the adapter's input x is multiplied with; None for one."""
+        p = update.options.dropout
+        if not self.training or p == 0.0:
+            return None
+        # A compiled graph has no generators of its own; it draws and keeps masks as its compiler sees fit.
+        return multiplier(x, p, compute_dtype(x)) if torch.compiler.is_compiling() else drawn_dropout(p)
 
     def set_merged(self, parameters: Mapping[str, Tensor]) -> None:
         """Put parameters in the base layer's place for its own, and keep those for `restore_base`.

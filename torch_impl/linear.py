@@ -12,8 +12,7 @@ from loracle.reference import LowRank, TargetError, merge_adapters, merge_bias, 
 
 from .arrays import array_of
 from .dora import check_norm, dora_linear, dora_norm
-from .dropout import SeededDropout, drawn_dropout, multiplier
-from .function import Member, Term, compute_dtype, lora_products
+from .function import Member, Term, lora_products
 from .layer import LoraLayer
 from .quantization import is_quantized
 from .shared_input import Sharing
@@ -118,13 +117,6 @@ class LoraLinear(LoraLayer):
             if update.start is not None:
                 terms.append(Term(member, *update.start, update.scaling, dropout=dropout))
         return terms
-
-    def _draw(self, update: LoraUpdate, x: Tensor) -> SeededDropout | Tensor | None:
-        p = update.options.dropout
-        if not self.training or p == 0.0:
-            return None
-        # A compiled graph has no generators of its own; it draws and keeps masks as its compiler sees fit.
-        return multiplier(x, p, compute_dtype(x)) if torch.compiler.is_compiling() else drawn_dropout(p)
 
     def merged_arrays(self, names: Sequence[str], label: str) -> dict[str, NDArray[Any]]:
         """See `LoraLayer.merged_arrays`; a bias appears where a bias of lora_B is to go."""

@@ -8,7 +8,7 @@ from dataclasses import replace
 from loracle.files import LoraConfig
 from loracle.reference import lora_scaling
 
-_TAKEN_FROM_W0 = ("pissa", "olora")
+from .update import TAKEN_FROM_W0
 
 
 def plain_config(config: LoraConfig, scalings: Mapping[str, float]) -> LoraConfig:
@@ -23,7 +23,7 @@ def plain_config(config: LoraConfig, scalings: Mapping[str, float]) -> LoraConfi
     alpha is doubled where the scaling is alpha / r, which keeps it exactly. alpha / sqrt(r) becomes
     alpha' / (2 r), with the alpha' for which that is the same float64, or its neighbour where none is.
     """
-    if config.init_lora_weights not in _TAKEN_FROM_W0:
+    if config.init_lora_weights not in TAKEN_FROM_W0:
         return config
     doubled = replace(
         config,

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from loracle.reference import ConfigError
 
-from .starts import kaiming_
+from .starts import drawn_
 from .update import LoraUpdate, UpdateOptions, adapter_dtype
 
 
@@ -35,13 +35,7 @@ def plain_update(
     """
     # Drawn on the CPU so that a seed means the same on every device.
     A, B = (torch.zeros(shape, dtype=adapter_dtype(W0)) for shape in shapes)
-    if isinstance(options.init, bool):
-        kaiming_(A, generator)
-        if not options.init:
-            kaiming_(B, generator)
-    elif options.init == "gaussian":
-        A.normal_(std=1 / options.r, generator=generator)
-    else:
+    if not drawn_(A, B, options, generator):
         raise ConfigError(
             f"init_lora_weights: expected True, False or 'gaussian' for a {kind}, got {options.init!r}; "
             "choose one of them, or leave the layer out of the targets"

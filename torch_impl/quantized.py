@@ -9,15 +9,14 @@ from torch import Tensor, nn
 
 from loracle.reference import ConfigError, ShapeError, TargetError
 
-from .dropout import SeededDropout, drawn_dropout, multiplier
-from .function import compute_dtype, scaled
+from .dropout import SeededDropout
+from .function_rules import compute_dtype, refuse_twice, scaled
 from .layer import LoraLayer
 from .quantization import dequantized, is_quantized
 from .starts import linear_update
-from .update import LoraUpdate, UpdateOptions
+from .update import TAKEN_FROM_W0, LoraUpdate, UpdateOptions
 
 _linear = nn.functional.linear
-_TAKEN_FROM_W0 = ("pissa", "olora")
 
 
 class LoraQuantizedLinear(LoraLayer):
@@ -76,7 +75,7 @@ class LoraQuantizedLinear(LoraLayer):
         if options.use_dora:
             raise ConfigError("use_dora: expected False for this layer, got True; it has no magnitude")
         device = self.weight.device
-        if options.init in _TAKEN_FROM_W0:
+        if options.init in TAKEN_FROM_W0:
             W0 = dequantized(self.base_layer).to(device)
         else:
             # Of which only the shape counts.
@@ -96,12 +95,6 @@ class LoraQuantizedLinear(LoraLayer):
         for update in self.updates:
             y = _with_update(y, rows, update, self._draw(update, rows))
         return y.view(*x.shape[:-1], self.out_features)
-
-    def _draw(self, update: LoraUpdate, x: Tensor) -> SeededDropout | Tensor | None:
-        p = update.options.dropout
-        if not self.training or p == 0.0:
-            return None
-        return multiplier(x, p, compute_dtype(x)) if torch.compiler.is_compiling() else drawn_dropout(p)
 
     def merged_arrays(self, names: Sequence[str], label: str) -> dict[str, NDArray[Any]]:
         """Refuse.
@@ -173,10 +166,7 @@ class _Added(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise ConfigError(
-                "create_graph: expected False, got True; the LoRA product can be differentiated once only"
-            )
+        refuse_twice("the LoRA product")
         _, need_x, need_A, need_B, need_bias, _ = ctx.needs_input_grad[3:]
         dtype, x_dtype, A_dtype, B_dtype, bias_dtype = ctx.dtypes
         x, A, B, H, given = ctx.saved_tensors

@@ -5,9 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loracle.reference import ConfigError
-
-from .function import Member, check_products, check_shape, compute_dtype
+from .function import Member, check_products
+from .function_rules import check_shape, compute_dtype, refuse_twice
 
 _linear = nn.functional.linear
 
@@ -99,7 +98,7 @@ class _EmbeddingWithRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_twice()
+        refuse_twice("trained rows")
         at, scale = ctx.saved_tensors
         scale = ctx.embed_scale if scale is None else scale
         # The last row, which stands for all that do not train, is left out of the sum.
@@ -139,7 +138,7 @@ class _LinearWithRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_twice()
+        refuse_twice("trained rows")
         need_x, _, need_bias, need_rows = ctx.needs_input_grad[1:5]
         x, W0, rows, tokens = ctx.saved_tensors
         dx = drows = None
@@ -154,10 +153,3 @@ class _LinearWithRows(torch.autograd.Function):
                 drows = (dt.t() @ x).to(ctx.row_dtype)
             dbias = dy.sum(0).to(ctx.bias_dtype) if need_bias else None
         return None, dx, None, dbias, drows, None
-
-
-def _refuse_twice() -> None:
-    if torch.is_grad_enabled():
-        raise ConfigError(
-            "create_graph: expected False, got True; trained rows can be differentiated once only"
-        )

@@ -9,9 +9,7 @@ from torch import Tensor, nn
 from loracle.reference import adapter_start
 
 from .arrays import array_of, tensor_of
-from .update import LoraUpdate, UpdateOptions, adapter_dtype
-
-_TAKEN_FROM_W0 = ("pissa", "olora")
+from .update import TAKEN_FROM_W0, LoraUpdate, UpdateOptions, adapter_dtype
 
 
 def linear_update(
@@ -43,26 +41,36 @@ def linear_update(
     # Drawn on the CPU so that a seed means the same on every device.
     A, B = torch.empty(r, in_features, dtype=dtype), torch.zeros(out_features, r, dtype=dtype)
     start = None
-    if isinstance(init, bool):
-        kaiming_(A, generator)
-        if not init:
-            kaiming_(B, generator)
-    elif init == "gaussian":
-        A.normal_(std=1 / r, generator=generator)
-    else:
+    if not drawn_(A, B, options, generator):
         seed = int(torch.randint(2**63 - 1, (), generator=generator))
         array = array_of(W0)
         # Only the starts that are taken from W0 look at more than its shape.
-        weight = array if init in _TAKEN_FROM_W0 else np.broadcast_to(array.dtype.type(0), array.shape)
+        weight = array if init in TAKEN_FROM_W0 else np.broadcast_to(array.dtype.type(0), array.shape)
         drawn = adapter_start(
             init, weight, r, options.scaling, np.random.default_rng(seed), dtype=array_of(A).dtype
         )
         A, B = tensor_of(drawn.A), tensor_of(drawn.B)
-        if init in _TAKEN_FROM_W0:
+        if init in TAKEN_FROM_W0:
             start = A.clone().to(W0.device), B.clone().to(W0.device)
     return LoraUpdate(
         options, A.to(W0.device), B.to(W0.device), lora_bias, lora_magnitude_vector, start=start
     )
+
+
+def drawn_(A: Tensor, B: Tensor, options: UpdateOptions, generator: torch.Generator | None) -> bool:
+    """Draw A, and B, which is of zeros, as PEFT does; return False, and draw nothing, for another start.
+
+    True: A as `kaiming_` has it; False: B too; "gaussian": A normal of deviation 1 / r.
+    """
+    if isinstance(options.init, bool):
+        kaiming_(A, generator)
+        if not options.init:
+            kaiming_(B, generator)
+        return True
+    if options.init == "gaussian":
+        A.normal_(std=1 / options.r, generator=generator)
+        return True
+    return False
 
 
 def kaiming_(tensor: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from loracle.reference import ConfigError, lora_scaling
 
+TAKEN_FROM_W0 = ("pissa", "olora")
+"""The values of ``init_lora_weights`` with which an adapter starts as a part of W0."""
+
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*")
 
 
