@@ -11,8 +11,11 @@ from .encoding import IGNORED
 from .function_rules import compute_dtype
 
 CPU_CHUNK_BYTES = 64 * 2**20
-"""What a chunk takes on the CPU by default: some 200 rows of 50,000 logits. With a quarter of that both
-products run at half their speed; beyond it they gain nothing."""
+"""What a chunk takes on the CPU by default: some 340 rows of 50,000 logits in float32. With a quarter of that
+both products run at half their speed; beyond it they gain nothing."""
+
+CPU_BLOCK_BYTES = 2**20
+"""What the exponentials of 16-bit logits take on the CPU: as many rows at a time stay in the cache."""
 
 DEVICE_CHUNK_BYTES = 512 * 2**20
 """What a chunk takes elsewhere by default. Each chunk reads the weight twice, and a GPU does some 300
@@ -39,7 +42,8 @@ def chunked_cross_entropy(
 
     Memory beside the arguments, with N rows, V the vocabulary and s the bytes of the dtype of the products:
     ``rows * V * b`` for a chunk, N d s for the gradient, and V d s where autocast has to cast the weight.
-    b is 4 in float32, 8 in float64, 2 + 4 in 16 bits; rows is ``chunk_bytes / (V b)``, but at least 1.
+    b is 4 in float32, 8 in float64, 2 + 4 in 16 bits but on the CPU 2, and `CPU_BLOCK_BYTES` once; rows is
+    ``chunk_bytes / (V b)``, but at least 1.
 
     Args:
         hidden: (N, d).
@@ -97,7 +101,11 @@ def _loss_and_gradient(
     at = (targets != IGNORED).nonzero().squeeze(1)
     wanted = targets[at]
     _check_targets(wanted, vocabulary)
-    rows = _rows(len(at), vocabulary, dtype, chunk_bytes)
+    # In 16 bits the exponentials need room of their own: for the whole chunk where every call is costly.
+    in_blocks = dtype is not wide and device.type == "cpu"
+    entry = wide.itemsize if dtype is wide else dtype.itemsize + (0 if in_blocks else wide.itemsize)
+    rows = _rows(len(at), chunk_bytes // (vocabulary * entry))
+    block = max(1, CPU_BLOCK_BYTES // (vocabulary * wide.itemsize)) if in_blocks else rows
     losses = torch.empty(len(at), 1, dtype=wide, device=device)
     shape = hidden.shape if needs_gradient else (0, hidden.shape[1])
     gradient = torch.zeros(shape, dtype=dtype, device=device)
@@ -105,33 +113,44 @@ def _loss_and_gradient(
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     # Made once: to map and zero new pages for every chunk takes as long as a pass over it.
     logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-    exponents = logits if dtype is wide else torch.empty_like(logits, dtype=wide)
+    exponents = logits if dtype is wide else torch.empty_like(logits[:block], dtype=wide)
     for start in range(0, len(at), rows):
         part = slice(start, min(start + rows, len(at)))
         x, target = hidden[at[part]].to(dtype), wanted[part, None]
-        z, e = logits[: len(x)], exponents[: len(x)]
+        z = logits[: len(x)]
         if bias is None:
             torch.mm(x, weight.t(), out=z)
         else:
             torch.addmm(bias, x, weight.t(), out=z)
-        top = z.amax(1, keepdim=True)
-        if dtype is not wide:
-            e.copy_(z)
-        e.sub_(top)
-        of_target = e.gather(1, target)
-        total = e.exp_().sum(1, keepdim=True)
-        losses[part] = total.log() - of_target
-        if not needs_gradient:
-            continue
         if dtype is wide:
-            # softmax is e / total; to divide the product of d columns instead saves a pass over V.
-            e.scatter_add_(1, target, -total)
-            gradient[at[part]] = torch.mm(e, weight).div_(total)
-        else:
-            e.mul_((total * fraction).reciprocal_())
-            e.scatter_add_(1, target, -fraction.reciprocal().expand_as(total))
-            gradient[at[part]] = torch.mm(z.copy_(e), weight)
+            losses[part], total = _exponentiate(z, target, z)
+            if needs_gradient:
+                # softmax is z / total; to divide the product of d columns instead saves a pass over V.
+                z.scatter_add_(1, target, -total)
+                gradient[at[part]] = torch.mm(z, weight).div_(total)
+            continue
+        for first in range(0, len(x), block):
+            own = slice(first, first + block)
+            e = exponents[: len(z[own])]
+            losses[part][own], total = _exponentiate(z[own], target[own], e)
+            if needs_gradient:
+                e.mul_((total * fraction).reciprocal_())
+                e.scatter_add_(1, target[own], -fraction.reciprocal().expand_as(total))
+                z[own] = e
+        if needs_gradient:
+            gradient[at[part]] = torch.mm(z, weight)
     return losses.sum() / divisor, gradient
+
+
+def _exponentiate(z: Tensor, target: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    """Write ``exp(z - max z)`` to ``out``, which may be z; return each row's loss and the sum of these."""
+    top = z.amax(1, keepdim=True)
+    if out is not z:
+        out.copy_(z)
+    out.sub_(top)
+    of_target = out.gather(1, target)
+    total = out.exp_().sum(1, keepdim=True)
+    return total.log() - of_target, total
 
 
 def _shapes(
@@ -196,15 +215,12 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _rows(count: int, vocabulary: int, dtype: torch.dtype, chunk_bytes: int) -> int:
-    """Return how many of ``count`` rows a chunk has, at least 1.
+def _rows(count: int, most: int) -> int:
+    """Return how many of ``count`` rows a chunk has: at most ``most``, but at least 1.
 
     All chunks are nearly equal: a short last one would read the whole weight for a few rows.
     """
-    wide = _wide(dtype)
-    entry = wide.itemsize if dtype is wide else wide.itemsize + dtype.itemsize
-    most = max(1, chunk_bytes // (vocabulary * entry))
-    chunks = max(1, -(-count // most))
+    chunks = max(1, -(-count // max(1, most)))
     return max(1, -(-count // chunks))
 
 

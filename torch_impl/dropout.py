@@ -1,5 +1,6 @@
 """Dropout of an adapter's input: a mask that is drawn from a seed and can be drawn again."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,7 @@ class SeededDropout:
         """What kept entries are multiplied with, ``1 / (1 - p)``."""
         return 1.0 / (1.0 - self.p)
 
-    def mask(self, like: Tensor, shape: torch.Size) -> Tensor:
+    def mask(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Return ones where an entry is kept and zeros elsewhere, in ``like``'s dtype and on its device."""
         generator = torch.Generator(like.device).manual_seed(self.seed)
         return like.new_empty(shape).bernoulli_(1.0 - self.p, generator=generator)

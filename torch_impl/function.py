@@ -1,7 +1,6 @@
 """The LoRA products of layers that share one input, as one autograd function with in-place additions."""
 
 from collections.abc import Sequence
-from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -12,6 +11,7 @@ from .function_rules import check_dtype, check_frozen, check_shape, compute_dtyp
 
 _T = TypeVar("_T")
 _linear = nn.functional.linear
+_unsafe_view = torch.ops.aten._unsafe_view.default
 
 
 class Member(NamedTuple):
@@ -110,34 +110,38 @@ def lora_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -
     x needs no gradient. At least one member and one term. Dtypes, errors and source as for `lora_linear`.
     """
     check_products(x, members, terms)
-    order: dict[tuple[float, SeededDropout | int | None], list[Term]] = {}
-    for at, term in enumerate(terms):
-        dropout = at if isinstance(term.dropout, Tensor) else term.dropout
-        order.setdefault((term.scaling, dropout), []).append(term)
-    stacks, masks = [], []
-    for (scaling, _), own in order.items():
-        ends = list(accumulate((term.A.shape[0] for term in own), initial=0))
-        places = tuple(
-            _Place(term.member, term.rows, start, stop)
-            for term, (start, stop) in zip(own, pairwise(ends), strict=True)
-        )
-        drawn = own[0].dropout
+    stacks, masks, sorted_terms = [], [], []
+    for scaling, drawn, own in _alike(terms):
+        places, start = [], 0
+        for term in own:
+            stop = start + term.A.shape[0]
+            places.append(_Place(term.member, term.rows, start, stop))
+            start = stop
         masks.append(drawn.reshape(-1, x.shape[-1]) if isinstance(drawn, Tensor) else None)
-        stacks.append(_Stack(scaling, drawn if isinstance(drawn, SeededDropout) else None, places))
-    sorted_terms = [term for own in order.values() for term in own]
+        stacks.append(_Stack(scaling, drawn if isinstance(drawn, SeededDropout) else None, tuple(places)))
+        sorted_terms += own
     ys: tuple[Tensor, ...] = _LoraProducts.apply(  # type: ignore[no-untyped-call]
         tuple(stacks),
         compute_dtype(x),
-        # Flattened out here: a view made inside the function could not be modified in place afterwards.
-        x.reshape(-1, x.shape[-1]),
-        *(member.W0 for member in members),
-        *(member.bias for member in members),
+        x,
+        *[member.W0 for member in members],
+        *[member.bias for member in members],
         *masks,
-        *(term.A for term in sorted_terms),
-        *(term.B for term in sorted_terms),
-        *(term.lora_bias for term in sorted_terms),
+        *[term.A for term in sorted_terms],
+        *[term.B for term in sorted_terms],
+        *[term.lora_bias for term in sorted_terms],
     )
-    return tuple(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+    return ys
+
+
+def _alike(terms: Sequence[Term]) -> list[tuple[float, SeededDropout | Tensor | None, list[Term]]]:
+    """Return the terms of one scaling and one dropout together, in the order of their first ones."""
+    order: dict[tuple[float, SeededDropout | int | None], list[Term]] = {}
+    for at, term in enumerate(terms):
+        # A mask that is given is its own alone.
+        dropout = at if isinstance(term.dropout, Tensor) else term.dropout
+        order.setdefault((term.scaling, dropout), []).append(term)
+    return [(scaling, own[0].dropout, own) for (scaling, _), own in order.items()]
 
 
 def check_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) -> None:
@@ -160,10 +164,10 @@ def check_products(x: Tensor, members: Sequence[Member], terms: Sequence[Term]) 
 
 
 class _LoraProducts(torch.autograd.Function):
-    """See `lora_products`; x is (N, in) here, each y (N, out), terms in the order of the stacks.
+    """See `lora_products`; terms are in the order of the stacks.
 
-    Narrow products are made as (sum of r, N): with few columns they take two to four times as long. They
-    carry the scaling, so that nothing has to be scaled afterwards.
+    Inside, x is (N, in) and each y (N, out). Every narrow product reads its long operand by rows, and has
+    the scaling as a factor, so that nothing has to be scaled afterwards.
     """
 
     @staticmethod
@@ -172,21 +176,27 @@ class _LoraProducts(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         need_x, *need = ctx.needs_input_grad[2:]
         _, _, _, need_A, need_B, _ = _parts(need, stacks)
+        shape = x.shape
+        x = x.reshape(-1, shape[-1])
         if x.dtype is not dtype:
             x = x.to(dtype)
-        cast: list[Any] = [t if t is None or t.dtype is dtype else t.to(dtype) for t in tensors]
-        W0s, biases, given, As, Bs, lora_biases = _parts(cast, stacks)
-        ys = [_linear(x, W0, bias) for W0, bias in zip(W0s, biases, strict=True)]
-        stacked, Hs = [], []
+        W0s, biases, given, As, Bs, lora_biases = _parts(tensors, stacks)
+        W0s = [_cast(W0, dtype) for W0 in W0s]
+        given = [_cast(multiplier, dtype) for multiplier in given]
+        ys = [_linear(x, W0, _cast(bias, dtype)) for W0, bias in zip(W0s, biases, strict=True)]
+        stacked, Hs, Bts = [], [], []
         term = 0
         for stack, multiplier in zip(stacks, given, strict=True):
-            A = _stacked(As[term : term + len(stack.places)])
-            H = _scaled_product(A, _dropped(x, stack, multiplier).t(), _whole_scaling(stack))
+            A = _cast(_stacked(As[term : term + len(stack.places)]), dtype)
+            H = x.new_empty(x.shape[0], A.shape[0])
+            H.addmm_(_dropped(x, stack, multiplier), A.t(), beta=0, alpha=_whole_scaling(stack))
             for place in stack.places:
                 y = _rows(ys[place.member], place)
-                y.addmm_(H[place.start : place.stop].t(), Bs[term].t())
+                Bt = _transposed(Bs[term], dtype)
+                y.addmm_(_ranks(H, place), Bt)
                 if lora_biases[term] is not None:
-                    y.add_(lora_biases[term], alpha=stack.scaling)
+                    y.add_(_cast(lora_biases[term], dtype), alpha=stack.scaling)
+                Bts.append(Bt)
                 term += 1
             stacked.append(A)
             Hs.append(H)
@@ -199,11 +209,12 @@ class _LoraProducts(torch.autograd.Function):
             *(given if down else nothing * len(given)),
             *(stacked if need_x else nothing * len(stacks)),
             *(Hs if any(need_B) else nothing * len(stacks)),
-            *(Bs if down else nothing * len(Bs)),
+            *(Bts if down else nothing * len(Bts)),
         )
-        ctx.stacks, ctx.dtypes, ctx.shape = stacks, [None if t is None else t.dtype for t in tensors], x.shape
+        ctx.stacks, ctx.dtypes, ctx.shape = stacks, [None if t is None else t.dtype for t in tensors], shape
         ctx.set_materialize_grads(False)
-        return tuple(ys)
+        # Not `view`: views made in here could not be modified in place afterwards.
+        return tuple([_unsafe_view(y, (*shape[:-1], y.shape[1])) for y in ys])
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -214,25 +225,27 @@ class _LoraProducts(torch.autograd.Function):
         if torch.is_autocast_enabled(like.device.type):
             # All operands have one dtype; an autocast that forward did not see must not change it.
             with torch.autocast(like.device.type, enabled=False):
-                return _gradients(ctx, dys, like)
-        return _gradients(ctx, dys, like)
+                return _gradients(ctx, dys)
+        return _gradients(ctx, dys)
 
 
-def _gradients(ctx: Any, dys: Sequence[Tensor | None], like: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients of what `_LoraProducts` was given; ``like`` is one of ``dys``."""
+def _gradients(ctx: Any, dys: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Return the gradients of what `_LoraProducts` was given; not all of ``dys`` are None."""
     stacks: tuple[_Stack, ...] = ctx.stacks
     need_x, *need = ctx.needs_input_grad[2:]
     need_W0, need_bias, _, need_A, need_B, need_lora_bias = _parts(need, stacks)
     _, bias_dtypes, _, A_dtypes, B_dtypes, lora_bias_dtypes = _parts(ctx.dtypes, stacks)
     m, s = len(need_W0), len(stacks)
     x, *saved = ctx.saved_tensors
-    W0s, given, stacked, Hs, Bs = (
+    W0s, given, stacked, Hs, Bts = (
         saved[:m],
         saved[m : m + s],
         saved[m + s : m + 2 * s],
         saved[m + 2 * s : m + 3 * s],
         saved[m + 3 * s :],
     )
+    dys = [None if dy is None else dy.reshape(-1, dy.shape[-1]) for dy in dys]
+    like = next(dy for dy in dys if dy is not None)
     dA: list[Tensor | None] = [None] * len(need_A)
     dB, dlora_bias = dA.copy(), dA.copy()
     dx = _times_weights(dys, W0s) if need_x else None
@@ -243,28 +256,29 @@ def _gradients(ctx: Any, dys: Sequence[Tensor | None], like: Tensor) -> tuple[Te
         parts = [_rows_of(dys[place.member], place) for place in stack.places]
         train_A = any(need_A[i] for i in own)
         if need_x or train_A:
-            mask = _mask(like, ctx.shape, stack, multiplier)
-            dH = _up(parts, Bs[own.start : own.stop], like, _whole_scaling(stack))
+            mask = _mask(like, (like.shape[0], ctx.shape[-1]), stack, multiplier)
+            dH = _up(parts, Bts[own.start : own.stop], like, stack)
             if dx is not None:
                 if mask is None:
-                    dx.addmm_(dH.t(), A)
+                    dx.addmm_(dH, A)
                 else:
-                    dx.addcmul_(dH.t() @ A, mask)
+                    dx.addcmul_(dH @ A, mask)
             if train_A:
-                product = dH @ (x if mask is None else x * mask)  # (sum of r, in)
+                product = dH.t() @ (x if mask is None else x * mask)  # (sum of r, in)
         for i, place, dy in zip(own, stack.places, parts, strict=True):
             if dy is None:
                 continue
             if need_A[i]:
-                dA[i] = product[place.start : place.stop].to(A_dtypes[i])
+                dA[i] = _cast(_between(product, place), A_dtypes[i])
             if need_B[i]:
-                dB[i] = (H[place.start : place.stop] @ dy).t().to(B_dtypes[i])
+                dB[i] = _transposed(_ranks(H, place).t() @ dy, B_dtypes[i]).contiguous()
             if need_lora_bias[i]:
                 dlora_bias[i] = scaled(dy.sum(0), stack.scaling, lora_bias_dtypes[i])
     dbias = [
         dy.sum(0).to(dtype) if needed and dy is not None else None
         for dy, needed, dtype in zip(dys, need_bias, bias_dtypes, strict=True)
     ]
+    dx = None if dx is None else dx.view(ctx.shape)
     return None, None, dx, *[None] * m, *dbias, *[None] * s, *dA, *dB, *dlora_bias
 
 
@@ -276,14 +290,30 @@ def _parts(flat: Sequence[_T], stacks: tuple[_Stack, ...]) -> list[Sequence[_T]]
     return [flat[:m], flat[m:a], flat[a:b], flat[b:c], flat[c : c + n], flat[c + n :]]
 
 
+def _cast(tensor: Any, dtype: Any) -> Any:
+    return tensor if tensor is None or tensor.dtype is dtype else tensor.to(dtype)
+
+
+def _transposed(matrix: Any, dtype: Any) -> Tensor:
+    """Return ``matrix^T`` in ``dtype``: contiguous where it is cast, which takes no further pass."""
+    transposed: Tensor = matrix.t()
+    if transposed.dtype is dtype:
+        return transposed
+    return transposed.to(dtype, memory_format=torch.contiguous_format)
+
+
 def _stacked(matrices: Sequence[Any]) -> Tensor:
     return matrices[0] if len(matrices) == 1 else torch.cat(list(matrices))
 
 
-def _scaled_product(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """Return ``scaling * a b``; the scaling is applied before the result is rounded to the dtype."""
-    # With beta 0 the first argument is not read.
-    return a @ b if scaling == 1.0 else torch.addmm(a.new_empty(1, 1), a, b, beta=0, alpha=scaling)
+def _between(product: Tensor, place: _Place) -> Tensor:
+    """Return the rows that are a place's ranks."""
+    return product[place.start : place.stop] if place.stop - place.start < product.shape[0] else product
+
+
+def _ranks(H: Tensor, place: _Place) -> Tensor:
+    """Return the columns that are a place's ranks."""
+    return H[:, place.start : place.stop] if place.stop - place.start < H.shape[1] else H
 
 
 def _rows(y: Tensor, place: _Place) -> Tensor:
@@ -304,7 +334,7 @@ def _dropped(x: Tensor, stack: _Stack, multiplier: Tensor | None) -> Tensor:
     return x if mask is None else mask.mul_(x) if multiplier is None else mask * x
 
 
-def _mask(like: Tensor, shape: torch.Size, stack: _Stack, multiplier: Tensor | None) -> Tensor | None:
+def _mask(like: Tensor, shape: tuple[int, ...], stack: _Stack, multiplier: Tensor | None) -> Tensor | None:
     return multiplier if stack.dropout is None else stack.dropout.mask(like, shape)
 
 
@@ -318,13 +348,14 @@ def _times_weights(dys: Sequence[Tensor | None], W0s: Sequence[Tensor]) -> Tenso
     return dx
 
 
-def _up(parts: Sequence[Tensor | None], Bs: Sequence[Tensor], like: Tensor, scaling: float) -> Tensor:
-    """Return ``scaling * (dy B)^T`` of each term, one above the other, (sum of r, N)."""
-    return _stacked(
-        [
-            like.new_zeros(B.shape[1], like.shape[0])
-            if dy is None
-            else _scaled_product(B.t(), dy.t(), scaling)
-            for dy, B in zip(parts, Bs, strict=True)
-        ]
-    )
+def _up(parts: Sequence[Tensor | None], Bts: Sequence[Tensor], like: Tensor, stack: _Stack) -> Tensor:
+    """Return ``scaling * dy B`` of each term, side by side, (N, sum of r)."""
+    dH = like.new_empty(like.shape[0], stack.places[-1].stop)
+    for place, dy, Bt in zip(stack.places, parts, Bts, strict=True):
+        own = _ranks(dH, place)
+        if dy is None:
+            own.zero_()
+        else:
+            # float32 products with B as it is, some columns wide, take twice as long.
+            own.addmm_(dy, Bt.contiguous().t(), beta=0, alpha=_whole_scaling(stack))
+    return dH

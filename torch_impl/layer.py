@@ -84,7 +84,9 @@ class LoraLayer(nn.Module):
     @property
     def updates(self) -> list[LoraUpdate]:
         """What the active adapters have here."""
-        return [self.update(name) for name in self._active if name in self.adapters]
+        # Not by `update`: forward reads this, and nn.Module's way to a submodule takes as long as a product.
+        adapters = cast(dict[str, LoraUpdate], self.adapters._modules)
+        return [adapters[name] for name in self._active if name in adapters]
 
     def update(self, name: str = DEFAULT) -> LoraUpdate:
         """Return what the named adapter has here.

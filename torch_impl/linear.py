@@ -83,10 +83,11 @@ class LoraLinear(LoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (..., in) to (..., out)."""
-        if self.merged or not self.updates:
+        updates = self.updates
+        if self.merged or not updates:
             y: Tensor = self.base_layer(x)
             return y
-        update = self.updates[0]
+        update = updates[0]
         if update.lora_magnitude_vector is not None:
             A, B = update.matrices()
             operands = (self.matrix, self.bias, A, B, update.scaling, update.lora_magnitude_vector)
