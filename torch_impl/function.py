@@ -172,7 +172,7 @@ class _LoraProducts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, stacks: tuple[_Stack, ...], dtype: torch.dtype, x: Tensor, *tensors: Tensor | None
+        ctx: Any, stacks: tuple[_Stack, ...], dtype: torch.dtype, x: Tensor, *tensors: Any
     ) -> tuple[Tensor, ...]:
         need_x, *need = ctx.needs_input_grad[2:]
         _, _, _, need_A, need_B, _ = _parts(need, stacks)
