@@ -48,7 +48,7 @@ from loracle.torch_impl import (
     unmerge,
 )
 from loracle.torch_impl.arrays import array_of, tensor_of
-from loracle.torch_impl.dropout import SeededDropout
+from loracle.torch_impl.dropout import SeededDropout, drawn_dropout
 from loracle.torch_impl.function import Member, Term, lora_products
 from loracle.torch_impl.plain_config import plain_config
 
@@ -146,7 +146,7 @@ def run_model(p: LinearProblem, mode: Mode, device: str, options: Options, seed:
         update = layer.update(name)
         mask = None
         if update.options.dropout:
-            drawn = SeededDropout(update.options.dropout, int(torch.randint(2**63 - 1, ())))
+            drawn = drawn_dropout(update.options.dropout)
             ones = drawn.mask(dy, torch.Size([x[..., 0].numel(), x.shape[-1]])).reshape(x.shape)
             mask = ones.double() * drawn.factor
         adapters.append(low_rank(update.lora_A, update.lora_B, update.scaling, update.lora_bias, mask))
@@ -475,7 +475,7 @@ def test_what_is_taken_away_sees_the_adapters_own_mask(name: str, init: str) -> 
     with autocast("cpu", mode):
         y = model(x)
     torch.manual_seed(9)
-    drawn = SeededDropout(0.5, int(torch.randint(2**63 - 1, ())))
+    drawn = drawn_dropout(0.5)
     mask = exactly(drawn.mask(y, x.shape) * 2)
     adapters = tuple(replace(own, dropout=mask) for own in low_ranks(layer))
     exact = LinearProblem(exactly(y) * 0, exactly(layer.weight), adapters, exactly(x), exactly(layer.bias))

@@ -1,10 +1,15 @@
 """Dropout of an adapter's input: a mask that is drawn from a seed and can be drawn again."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+
+_STEPS = 2**16
+"""Probabilities are multiples of one over this: a mask on the CPU takes 16 random bits an entry."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +30,23 @@ class SeededDropout:
 
     def mask(self, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Return ones where an entry is kept and zeros elsewhere, in ``like``'s dtype and on its device."""
+        if like.device.type == "cpu":
+            # torch's own generator takes ten times as long for it, more than the products of the adapter.
+            count = math.prod(shape)
+            bits = np.random.SFC64(self.seed).random_raw(-(-count // 4)).view(np.uint16)[:count]
+            kept = bits >= round(self.p * _STEPS)
+            return torch.from_numpy(kept.view(np.uint8)).reshape(tuple(shape)).to(like.dtype)
         generator = torch.Generator(like.device).manual_seed(self.seed)
         return like.new_empty(shape).bernoulli_(1.0 - self.p, generator=generator)
 
 
 def drawn_dropout(p: float) -> SeededDropout:
-    """Return dropout with a seed from torch's global generator of the CPU.
+    """Return dropout with a seed from torch's global generator of the CPU, and p to the nearest 2^-16.
 
     So `torch.manual_seed` decides the masks, and recomputation under gradient checkpointing, which restores
     the generator, draws the same.
     """
-    return SeededDropout(p, int(torch.randint(2**63 - 1, ())))
+    return SeededDropout(min(round(p * _STEPS), _STEPS - 1) / _STEPS, int(torch.randint(2**63 - 1, ())))
 
 
 def multiplier(x: Tensor, p: float, dtype: torch.dtype) -> Tensor:
