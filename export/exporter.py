@@ -15,7 +15,8 @@ from loracle.reference import ConfigError
 
 from .architecture import check_supported
 from .genai_config import FILE, genai_config
-from .template import GraphTemplate, cached
+from .tasks import Task
+from .template import DecoderShape, GraphTemplate, cached
 from .write import Progress, write_model
 
 DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
@@ -33,21 +34,21 @@ class ExportSummary:
     merged_names: tuple[str, ...]
 
 
-def graph_template(checkpoint: Checkpoint, dtype: np.dtype[Any]) -> GraphTemplate:
-    """The weightless graph of `checkpoint`'s architecture, from the cache or freshly traced."""
+def graph_template(checkpoint: Checkpoint, task: Task, dtype: np.dtype[Any]) -> GraphTemplate:
+    """The weightless graph of `checkpoint`'s architecture for a task, from the cache or freshly traced."""
 
     def make() -> GraphTemplate:
         from .trace import trace  # torch and transformers are needed only where the cache has nothing
 
-        return trace(checkpoint.dir, dtype)
+        return trace(checkpoint.dir, task, dtype)
 
     return cached(checkpoint.config, dtype, make)
 
 
-def _write_genai_config(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_genai_config(checkpoint: Checkpoint, shape: DecoderShape, folder: Path) -> None:
     path = checkpoint.dir / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
-    described = genai_config(checkpoint.config, generation)
+    described = genai_config(shape, checkpoint.config, generation)
     (folder / FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
@@ -76,13 +77,14 @@ def export(
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
         weights = MergedWeights(checkpoint, adapter)
-        check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
+        task = check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
         with output_folder(out_dir) as folder:
-            template = graph_template(checkpoint, DTYPES[dtype])
+            template = graph_template(checkpoint, task, DTYPES[dtype])
             nodes = len(list(template.model.graph))
             size = write_model(template, weights, folder, progress)
             copy_sidecars(checkpoint.dir, folder)
-            _write_genai_config(checkpoint, folder)
+            if template.decoder is not None:
+                _write_genai_config(checkpoint, template.decoder, folder)
         return ExportSummary(
             Path(out_dir), dtype, size, nodes, len(template.aliases), tuple(weights.merged_names)
         )

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS
+from .template import DecoderShape
 
 FILE = "genai_config.json"
 
 
-def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of an exported decoder, from its `config.json` and `generation_config.json`.
+def genai_config(
+    shape: DecoderShape, config: Mapping[str, Any], generation: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The description of an exported decoder, from its sizes, `config.json` and `generation_config.json`.
 
     `past_present_share_buffer` is true because the graph appends to the cache in place. Search is greedy:
     a deployment that wants sampling sets its own.
     """
-    heads = int(config["num_attention_heads"])
-    hidden = int(config["hidden_size"])
-    context = int(config["max_position_embeddings"])
 
     def token(name: str) -> Any:
         return generation.get(name, config.get(name))
@@ -33,16 +33,16 @@ def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> di
             "bos_token_id": token("bos_token_id"),
             "eos_token_id": end,
             "pad_token_id": pad,
-            "context_length": context,
-            "vocab_size": int(config["vocab_size"]),
+            "context_length": shape.context,
+            "vocab_size": shape.vocabulary,
             "decoder": {
                 "session_options": {"log_id": "onnxruntime-genai", "provider_options": []},
                 "filename": GRAPH_FILE,
-                "head_size": int(config.get("head_dim") or hidden // heads),
-                "hidden_size": hidden,
-                "num_attention_heads": heads,
-                "num_hidden_layers": int(config["num_hidden_layers"]),
-                "num_key_value_heads": int(config.get("num_key_value_heads") or heads),
+                "head_size": shape.head_size,
+                "hidden_size": shape.hidden_size,
+                "num_attention_heads": shape.heads,
+                "num_hidden_layers": shape.layers,
+                "num_key_value_heads": shape.kv_heads,
                 "inputs": {
                     "input_ids": INPUT_IDS,
                     "attention_mask": ATTENTION_MASK,
@@ -58,7 +58,7 @@ def genai_config(config: Mapping[str, Any], generation: Mapping[str, Any]) -> di
         },
         "search": {
             "do_sample": False,
-            "max_length": context,
+            "max_length": shape.context,
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,

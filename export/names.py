@@ -9,6 +9,9 @@ DATA_FILE = "model.onnx_data"
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
+TOKEN_TYPE_IDS = "token_type_ids"
+PIXEL_VALUES = "pixel_values"
+LOGITS_TO_KEEP = "num_logits_to_keep"
 LOGITS = "logits"
 
 BATCH = "batch_size"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,18 +20,46 @@ import onnx_ir as ir
 
 from loracle.files import cache_folder, write_atomic
 
-_ALIASES = "loracle.aliases"
+_NAMES = "loracle.names"
 _NOT_ARCHITECTURE = ("_name_or_path", "transformers_version", "torch_dtype", "dtype")
 
 
 @dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder with a cache: numbers of layers, heads of queries and of keys, and entries."""
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_size: int
+    hidden_size: int
+    vocabulary: int
+    context: int
+
+
+@dataclass(frozen=True)
 class GraphTemplate:
-    """`model`: initializers named in `aliases` have shape and dtype and no values yet; all others are
-    constants. `aliases`: each weight's checkpoint names, itself first (more where weights are tied)."""
+    """A graph whose weights have a name, a shape and a dtype, and no values yet.
+
+    Attributes:
+        model: all initializers but those named in `aliases` are constants.
+        aliases: each weight's checkpoint names, itself first (more where weights are tied).
+        dtype: of the weights.
+        unused: names of the weights that no output depends on.
+        ignored: patterns of the names of what a checkpoint may hold beside the model's weights.
+        renames: patterns, with what to put for them, that turn names of older checkpoints into the model's.
+        prefix: of the weights of the model without its head.
+        decoder: its sizes, where it has a cache.
+    """
 
     model: ir.Model
     aliases: dict[str, tuple[str, ...]]
     dtype: np.dtype[Any]
+    unused: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
+    decoder: DecoderShape | None = None
 
     @property
     def weights(self) -> list[ir.Value]:
@@ -56,7 +84,16 @@ def to_bytes(template: GraphTemplate) -> bytes:
     graph = model.graph
     for name in template.aliases:
         graph.inputs.append(graph.initializers.pop(name))
-    model.metadata_props[_ALIASES] = json.dumps([list(group) for group in template.aliases.values()])
+    model.metadata_props[_NAMES] = json.dumps(
+        {
+            "aliases": [list(group) for group in template.aliases.values()],
+            "unused": list(template.unused),
+            "ignored": list(template.ignored),
+            "renames": [list(pair) for pair in template.renames],
+            "prefix": template.prefix,
+            "decoder": None if template.decoder is None else asdict(template.decoder),
+        }
+    )
     return bytes(ir.to_proto(model).SerializeToString())
 
 
@@ -65,14 +102,26 @@ def from_bytes(data: bytes, dtype: np.dtype[Any]) -> GraphTemplate:
     import onnx
 
     model = ir.from_proto(onnx.ModelProto.FromString(data))
-    groups = json.loads(model.metadata_props.pop(_ALIASES))
+    names = json.loads(model.metadata_props.pop(_NAMES))
+    groups = names["aliases"]
     graph = model.graph
     unbound = {str(value.name): value for value in graph.inputs}
     for group in groups:
         value = unbound[group[0]]
         graph.inputs.remove(value)
         graph.initializers[group[0]] = value
-    return GraphTemplate(model, {group[0]: tuple(group) for group in groups}, dtype)
+    aliases = {group[0]: tuple(group) for group in groups}
+    shape = None if names["decoder"] is None else DecoderShape(**names["decoder"])
+    return GraphTemplate(
+        model,
+        aliases,
+        dtype,
+        tuple(names["unused"]),
+        tuple(names["ignored"]),
+        tuple((pattern, target) for pattern, target in names["renames"]),
+        names["prefix"],
+        shape,
+    )
 
 
 def cached(

@@ -2,22 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import onnx_ir as ir
 import onnxscript.optimizer
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-from .names import (
-    ATTENTION_MASK,
-    BATCH,
-    INPUT_IDS,
-    LOGITS,
-    PAST_SEQUENCE,
-    PRESENT_SEQUENCE,
-    SEQUENCE,
-    TOTAL_SEQUENCE,
-    past_names,
-    present_names,
-)
+from .names import BATCH, SEQUENCE
 
 
 def tidy(model: ir.Model, weights: frozenset[str]) -> None:
@@ -52,23 +43,25 @@ def _drop_reshape_pairs(graph: ir.Graph) -> None:
             graph.remove(node, safe=True)
 
 
-def name_dimensions(model: ir.Model, layers: int, kv_heads: int, width: int) -> None:
-    """Name the dynamic dimensions of inputs and outputs and drop the shapes of what lies between, whose
-    traced symbols no longer mean anything."""
-    shapes: dict[str, list[int | str]] = {
-        INPUT_IDS: [BATCH, SEQUENCE],
-        ATTENTION_MASK: [BATCH, TOTAL_SEQUENCE],
-    }
-    shapes |= {name: [BATCH, kv_heads, PAST_SEQUENCE, width] for name in past_names(layers)}
-    shapes |= {name: [BATCH, kv_heads, PRESENT_SEQUENCE, width] for name in present_names(layers)}
+def name_dimensions(
+    model: ir.Model, inputs: Mapping[str, Sequence[int | str]], outputs: Mapping[str, Sequence[int | str]]
+) -> None:
+    """Give inputs and outputs these shapes and drop the shapes of what lies between, whose traced symbols no
+    longer mean anything. An output that is given none keeps its sizes; what varies is batch, then sequence.
+    """
     graph = model.graph
-    vocabulary = next(v for v in graph.outputs if v.name == LOGITS).shape
-    assert vocabulary is not None
-    shapes[LOGITS] = [BATCH, SEQUENCE, int(vocabulary[-1])]
+    shapes = {**inputs, **outputs}
     outside = {str(v.name): v for v in (*graph.inputs, *graph.outputs)}
     for node in graph:
         for value in node.outputs:
             if str(value.name) not in outside:
                 value.shape = None
     for name, shape in shapes.items():
-        outside[name].shape = ir.Shape(shape)
+        value = outside[name]
+        traced = value.shape
+        if not shape:
+            assert traced is not None
+            shape = [
+                size if isinstance(size, int) else (BATCH, SEQUENCE)[axis] for axis, size in enumerate(traced)
+            ]
+        value.shape = ir.Shape(shape)

@@ -80,9 +80,9 @@ def export_unmerged(
     with Checkpoint(model_dir) as checkpoint:
         adapter = read_adapter(adapter_dir)
         MergedWeights(checkpoint, adapter)  # refuses an adapter of another model
-        check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
+        task = check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
         with output_folder(out_dir) as folder:
-            template = graph_template(checkpoint, DTYPES[dtype])
+            template = graph_template(checkpoint, task, DTYPES[dtype])
             add_adapter(template, adapter)
             write_model(template, MergedWeights(checkpoint, None), folder)
             copy_sidecars(checkpoint.dir, folder)

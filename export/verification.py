@@ -12,13 +12,14 @@ from .architecture import check_supported
 from .candidate import Candidate, open_candidate
 from .exporter import graph_template
 from .graph_diff import first_difference
+from .matching import names_in_checkpoint
 from .names import GRAPH_FILE
 from .outputs_check import check_outputs
 from .report import Check, VerifyReport
 from .template import GraphTemplate
 from .text import TextModel
 from .weight_check import TensorDifference, compare_tensors
-from .write import Progress, names_in_checkpoint
+from .write import Progress
 
 PROMPTS = (
     "The capital of France is",
@@ -54,9 +55,9 @@ def verify(
         error: float | None = None
         tolerance: float | None = None
         if (candidate_dir / GRAPH_FILE).is_file():
-            check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
+            task = check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
             candidate = open_candidate(candidate_dir)
-            template = graph_template(checkpoint, candidate.dtype)
+            template = graph_template(checkpoint, task, candidate.dtype)
             checks = [
                 _check_graph(candidate, template),
                 _check_initializers(candidate, template, weights, base, progress),

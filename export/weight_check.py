@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .write import Progress, WeightSource
+from .matching import WeightSource
+from .write import Progress
 
 _BLOCK_BYTES = 16 << 20
 

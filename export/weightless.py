@@ -7,32 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
-from .operators import ATTENTION, register_attention
+from .attention import ATTENTION, register_attention
+from .tasks import Task
 
 
 @dataclass(frozen=True)
 class WeightlessModel:
-    """`model`, and for each parameter every name it goes by (more than one where weights are tied)."""
+    """`model`, for each parameter every name it goes by (more than one where weights are tied), and how
+    names of older checkpoints become the model's."""
 
     model: nn.Module
     config: Any
     aliases: dict[str, tuple[str, ...]]
+    renames: tuple[tuple[str, str], ...]
 
 
-def build_weightless(model_dir: Path, dtype: torch.dtype) -> WeightlessModel:
-    """The causal language model that `model_dir/config.json` describes, with stand-ins for its weights.
+def build_weightless(model_dir: Path, task: Task, dtype: torch.dtype) -> WeightlessModel:
+    """The model of a task that `model_dir/config.json` describes, with stand-ins for its weights.
 
     Each parameter is a stride-0 view of a single zero on the CPU: the exporter wants CPU tensors, and
     tracing reads shapes alone. Buffers hold their real values.
     """
     register_attention()
-    config = AutoConfig.from_pretrained(model_dir)
+    config = transformers.AutoConfig.from_pretrained(model_dir)
+    build = getattr(transformers, task.auto)
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+        model = build.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     model.tie_weights()
     model.eval()
     stand_ins: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}  # holds the originals: ids stay unique
@@ -47,4 +53,10 @@ def build_weightless(model_dir: Path, dtype: torch.dtype) -> WeightlessModel:
         for name in names[key]:
             parent, _, leaf = name.rpartition(".")
             model.get_submodule(parent)._parameters[leaf] = stand_in
-    return WeightlessModel(model, config, {group[0]: tuple(group) for group in names.values()})
+    renames = tuple(
+        (pattern, transform.target_patterns[0])
+        for transform in get_model_conversion_mapping(model)
+        if type(transform) is WeightRenaming and len(transform.target_patterns) == 1
+        for pattern in transform.source_patterns
+    )
+    return WeightlessModel(model, config, {group[0]: tuple(group) for group in names.values()}, renames)

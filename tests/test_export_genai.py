@@ -10,6 +10,7 @@ from export_fixtures import make_model
 
 from loracle.export import DecoderSession, export, greedy
 from loracle.export.genai_config import genai_config
+from loracle.export.template import DecoderShape
 
 PROMPT = [5, 77, 30, 12]
 
@@ -30,16 +31,14 @@ def test_onnxruntime_genai_generates_the_same_tokens(tmp_path: Path) -> None:
 
 
 def test_missing_keys_take_transformers_defaults() -> None:
-    config = {
-        "model_type": "llama",
-        "hidden_size": 64,
-        "num_attention_heads": 4,
-        "num_hidden_layers": 2,
-        "max_position_embeddings": 128,
-        "vocab_size": 97,
-        "eos_token_id": [7, 8],
-    }
-    model = genai_config(config, {"bos_token_id": 3})["model"]
+    config = {"model_type": "llama", "eos_token_id": [7, 8]}
+    shape = DecoderShape(
+        layers=2, heads=4, kv_heads=3, head_size=16, hidden_size=64, vocabulary=97, context=128
+    )
+    model = genai_config(shape, config, {"bos_token_id": 3})["model"]
     assert (model["bos_token_id"], model["eos_token_id"], model["pad_token_id"]) == (3, [7, 8], 7)
-    assert model["decoder"]["head_size"] == 16
-    assert model["decoder"]["num_key_value_heads"] == 4
+    assert (model["context_length"], model["vocab_size"]) == (128, 97)
+    decoder = model["decoder"]
+    assert (decoder["head_size"], decoder["hidden_size"]) == (16, 64)
+    assert (decoder["num_attention_heads"], decoder["num_key_value_heads"]) == (4, 3)
+    assert decoder["num_hidden_layers"] == 2

@@ -191,7 +191,10 @@ def test_weights_of_another_model_are_refused_before_anything_is_written(tmp_pat
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ('"model_type": "llama"', '"model_type": "gpt2"', "model_type: expected one of llama"),
+        ('"LlamaForCausalLM"', '"LlamaForCuriosity"', "architectures: expected a class whose name ends in"),
+        ('"LlamaForCausalLM"', '"A", "B"', "architectures: expected the name of one class"),
+        ('"model_type"', '"auto_map": {"AutoModel": "m.M"}, "model_type"', "auto_map: expected none"),
+        ('"head_dim": 16', '"head_dim": 12', "head size: expected a multiple of 8, got 12"),
         ('"rope_type": "default"', '"rope_type": "dynamic"', "rope_type: expected one of"),
     ],
 )

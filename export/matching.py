@@ -1,0 +1,101 @@
+"""Which tensor of a checkpoint is which weight of a graph."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from typing import Any, Protocol
+
+import numpy as np
+
+from loracle.reference import ShapeError, TargetError
+
+from .template import GraphTemplate
+
+
+class WeightSource(Protocol):
+    """What the graph's weights are read from, one tensor at a time (`loracle.files.MergedWeights`)."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def merged_names(self) -> Collection[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def tensor(self, name: str, dtype: Any = None) -> np.ndarray[Any, Any]: ...
+
+    def release(self, name: str) -> None: ...
+
+
+def names_in_checkpoint(template: GraphTemplate, source: WeightSource) -> dict[str, str]:
+    """For each weight of the graph its name in `source`, whose tensors must all be the model's; those that an
+    adapter changes must be used.
+
+    A checkpoint may use names of an older layout, and have or lack the prefix of the model without its head.
+
+    Raises TargetError or ShapeError, naming the tensor, before anything is written.
+    """
+    known = {alias for group in template.aliases.values() for alias in group}
+    everything = known.union(template.unused)
+    held: dict[str, str] = {}
+    for name in source.names:
+        alias = model_name(template, name, everything)
+        if alias is not None:
+            if alias in held:
+                raise TargetError(
+                    f"{name}: in the checkpoint, and so is {held[alias]}, the same weight of the model; "
+                    "save the model again with transformers"
+                )
+            held[alias] = name
+        elif not any(re.search(pattern, name) for pattern in template.ignored):
+            raise TargetError(
+                f"{name}: in the checkpoint, but the graph has no such weight; "
+                "config.json and the weights belong to different models"
+            )
+    idle = {name for alias, name in held.items() if alias not in known}
+    for name in source.merged_names:
+        if name in idle:
+            raise TargetError(
+                f"{name}: the adapter changes it, but no output of the graph depends on it; "
+                "train an adapter for what is exported"
+            )
+    return {weight: _checkpoint_name(template, weight, held, source) for weight in template.aliases}
+
+
+def model_name(template: GraphTemplate, name: str, known: Collection[str]) -> str | None:
+    """Return the model's name of a tensor that a checkpoint calls `name`, one of `known`, or None."""
+    renamed = name
+    for pattern, target in template.renames:
+        renamed = re.sub(pattern, target, renamed)
+    prefix = f"{template.prefix}."
+    for candidate in (name, renamed, prefix + renamed, renamed.removeprefix(prefix)):
+        if candidate in known:
+            return candidate
+    return None
+
+
+def _checkpoint_name(template: GraphTemplate, weight: str, held: dict[str, str], source: WeightSource) -> str:
+    names = [held[alias] for alias in template.aliases[weight] if alias in held]
+    if not names:
+        raise TargetError(
+            f"{weight}: expected in the checkpoint, found none of {', '.join(template.aliases[weight])}; "
+            "config.json and the weights belong to different models"
+        )
+    expected = template.model.graph.initializers[weight].shape
+    assert expected is not None
+    for name in names:
+        if tuple(source.shape(name)) != tuple(expected.numpy()):
+            raise ShapeError(
+                f"{name}: expected shape {tuple(expected.numpy())} as config.json has it, "
+                f"got {source.shape(name)}"
+            )
+    first, *others = names
+    for other in others:
+        if not np.array_equal(source.tensor(first).view(np.uint8), source.tensor(other).view(np.uint8)):
+            raise TargetError(
+                f"{other}: config.json ties it to {first}, but the checkpoint holds different values; "
+                "set tie_word_embeddings to false if they are meant to differ"
+            )
+    return first
