@@ -41,7 +41,7 @@ from loracle.reference import (
 )
 from loracle.torch_impl import LoraLinear
 from loracle.torch_impl.arrays import array_of, tensor_of
-from loracle.torch_impl.dropout import SeededDropout
+from loracle.torch_impl.dropout import drawn_dropout
 from loracle.torch_impl.fused import LoraFusedLinear
 from loracle.torch_impl.shared_input import SharedInput, watch_siblings
 from loracle.torch_impl.update import UpdateOptions
@@ -98,7 +98,7 @@ def run(
     torch.manual_seed(seed)
     mask = None
     if dropout and count:
-        drawn = SeededDropout(dropout, int(torch.randint(2**63 - 1, ())))
+        drawn = drawn_dropout(dropout)
         mask = exactly(drawn.mask(dy, x.shape).double() * drawn.factor)
     A, B = exactly(update.lora_A), exactly(update.lora_B)
     adapters = [replace(own, dropout=mask) for own in fused_adapters(A, B, 0.5, widths, enabled)]
