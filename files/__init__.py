@@ -5,16 +5,20 @@ from .atomic import output_folder, write_atomic
 from .cache import cache_folder
 from .checkpoint import Checkpoint
 from .config import LoraConfig
+from .head_config import HeadConfig
 from .litgpt import adapter_from_litgpt
 from .loralib import adapter_from_loralib
 from .merged_checkpoint import MergedCheckpoint, write_merged_checkpoint
 from .parameters import name_parameters
-from .sidecar import copy_sidecars
+from .sidecar import copy_sidecars, sidecar_bytes
+from .space import require_space
+from .tensor_names import resolve_name
 from .weights import MergedWeights
 
 __all__ = [
     "Adapter",
     "Checkpoint",
+    "HeadConfig",
     "LoraConfig",
     "LoraPair",
     "MergedCheckpoint",
@@ -26,6 +30,9 @@ __all__ = [
     "name_parameters",
     "output_folder",
     "read_adapter",
+    "require_space",
+    "resolve_name",
+    "sidecar_bytes",
     "write_adapter",
     "write_adapter_files",
     "write_atomic",

@@ -1,4 +1,7 @@
-"""Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+"""Adapter folders in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Beside them ``head.json`` may say what a trained head's outputs are (`HeadConfig`).
+"""
 
 import json
 import os
@@ -16,6 +19,7 @@ from .adapter_tensors import arrays_by_key, parse_arrays
 from .atomic import output_folder
 from .config import LoraConfig
 from .config_checks import CONVERT
+from .head_config import HeadConfig, read_head, write_head
 from .json_file import read_json_object
 from .lora_pair import FLOATS, LoraPair
 from .safetensors_file import SafetensorsFile
@@ -39,6 +43,7 @@ class Adapter:
             ``bias`` train, and the embeddings that PEFT copies along.
         tokens: path of an embedding to the rows, (n, d), of the tokens that are trained, in the order of
             ``trainable_token_indices``. They are the rows' values, not differences from the base's.
+        head: what the model's configuration says of a head that is trained whole, where it is known.
 
     Checked when it is made: each pair has the rank and the scaling that the configuration gives its module,
     arrays that fit each other, a floating-point dtype, and finite entries, and a bias and a magnitude where
@@ -54,6 +59,7 @@ class Adapter:
     pairs: Mapping[str, LoraPair]
     tensors: Mapping[str, NDArray[Any]] = field(default_factory=dict)
     tokens: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    head: HeadConfig | None = None
 
     def __post_init__(self) -> None:
         if not self.pairs:
@@ -91,7 +97,7 @@ def read_adapter(directory: str | os.PathLike[str], *, residual_base: bool = Fal
             which its start was taken away.
 
     Raises:
-        FileError: the folder or one of its two files is missing or malformed, or a tensor is not understood.
+        FileError: the folder or one of its files is missing or malformed, or a tensor is not understood.
         ConfigError: the configuration has an unsupported or unknown key, or the adapter belongs to a
             residual base.
         TargetError, ShapeError, DTypeError, NonFiniteError: as for ``Adapter``; the message names the file.
@@ -104,7 +110,9 @@ def read_adapter(directory: str | os.PathLike[str], *, residual_base: bool = Fal
         raise FileError(
             f"{folder}: has no {CONFIG_FILE}; is this an adapter folder written by loracle or PEFT?"
         )
-    config = LoraConfig.from_json(read_json_object(config_path), str(config_path))
+    content = read_json_object(config_path)
+    config = LoraConfig.from_json(content, str(config_path))
+    head = read_head(folder, content)
     if config.changes_base and not residual_base:
         raise ConfigError(
             f"{config_path}: init_lora_weights: {config.init_lora_weights!r} took the adapter's start away "
@@ -117,7 +125,7 @@ def read_adapter(directory: str | os.PathLike[str], *, residual_base: bool = Fal
     file = SafetensorsFile(weights_path)
     try:
         parsed = parse_arrays(config, {key: file.tensor(key) for key in file.entries})
-        return Adapter(config, parsed.pairs, parsed.tensors, parsed.tokens)
+        return Adapter(config, parsed.pairs, parsed.tensors, parsed.tokens, head)
     except (FileError, TargetError, ShapeError, DTypeError, NonFiniteError) as error:
         raise type(error)(f"{weights_path}: {error}") from None
 
@@ -136,7 +144,9 @@ def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:
 
 
 def write_adapter_files(folder: Path, adapter: Adapter) -> None:
-    """Write the two files of the adapter into an existing folder; for use inside ``output_folder``.
+    """Write the files of the adapter into an existing folder; for use inside ``output_folder``.
+
+    Two are PEFT's. ``head.json`` is there where the adapter has a ``head``; PEFT leaves it alone.
 
     Raises:
         OSError: a file exists already or cannot be written.
@@ -147,3 +157,5 @@ def write_adapter_files(folder: Path, adapter: Adapter) -> None:
     with (folder / CONFIG_FILE).open("x", encoding="utf-8") as file:
         file.write(text)
     write_safetensors(folder / WEIGHTS_FILE, arrays, {"format": "pt"})
+    if adapter.head is not None:
+        write_head(folder, adapter.head)

@@ -1,18 +1,19 @@
 """Output that is there whole or not at all.
 
 Everything is written beside its destination under a temporary name, flushed to the disk, and renamed in one
-step; whatever goes wrong before that step (an error, a full disk, Ctrl-C) removes what was written.
+step; whatever goes wrong before that step (an error, a full disk, Ctrl-C) removes what was written. What a
+killed process has left is removed by the next that writes to the same destination (`partial.py`).
 """
 
 import errno
 import os
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from loracle.reference import FileError
+
+from .partial import partial_file, partial_folder, remove_abandoned
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -22,26 +23,25 @@ def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a new empty folder that becomes ``path`` when the block ends without an exception.
 
     ``path`` may be absent or an empty folder; a symbolic link to one is followed. The folder yielded is a
-    sibling of ``path``, so that the rename stays on one file system.
+    sibling of ``path``, so that the rename stays on one file system. Of two processes that write to one
+    ``path`` at a time, the one that ends first succeeds.
 
     Raises:
-        FileError: ``path`` exists and is not an empty folder, its parent is missing, or the file system
-            refuses a write (disk full, no permission). An OSError of the block is reported alike.
+        FileError: ``path`` exists and is not an empty folder, or is a mount point; its parent is missing, or
+            the file system refuses a write (disk full, no permission). An OSError of the block is reported
+            alike.
     """
     final = _destination(path)
     if os.path.lexists(final):
         _require_empty_folder(final)
-    temporary = _sibling(final)
-    with _reported(final):
-        try:
-            os.mkdir(temporary)
-            yield temporary
-            _flush_tree(temporary)
-            _rename_folder(temporary, final)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)  # the first error is the one to report
-            raise
-        _flush_rename(final.parent)
+        if os.path.ismount(final):
+            raise _mounted(final)
+    remove_abandoned(final)
+    with reported(final), partial_folder(final) as temporary:
+        yield temporary
+        flush_tree(temporary)
+        _rename_folder(temporary, final)
+        flush_folder(final.parent)
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
@@ -53,19 +53,13 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
     final = _destination(path)
     if final.is_dir():
         raise FileError(f"{final}: expected a file, got a folder; choose another name")
-    temporary = _sibling(final)
-    with _reported(final):
-        try:
-            with temporary.open("xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, final)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _flush_rename(final.parent)
+    remove_abandoned(final)
+    with reported(final), partial_file(final) as (temporary, file):
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+        os.replace(temporary, final)
+        flush_folder(final.parent)
 
 
 def _destination(path: str | os.PathLike[str]) -> Path:
@@ -86,12 +80,8 @@ def _require_empty_folder(final: Path) -> None:
         raise FileError(f"{final}: exists and is not empty; choose another --out or remove it")
 
 
-def _sibling(final: Path) -> Path:
-    # a part of the name is enough to recognise it by, and keeps long names within the file system's limit
-    return final.parent / f".{final.name[:32]}.{secrets.token_hex(8)}.partial"
-
-
-def _flush_tree(folder: Path) -> None:
+def flush_tree(folder: Path) -> None:
+    """Wait until a folder, and every file and folder in it, is on the disk."""
     for parent, _, names in os.walk(folder):
         for name in names:
             _flush(Path(parent, name))
@@ -106,9 +96,10 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def _flush_rename(parent: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where the file system can tell."""
     with suppress(OSError):  # the output is in place; some file systems cannot flush a folder
-        _flush(parent)
+        _flush(folder)
 
 
 def _rename_folder(temporary: Path, final: Path) -> None:
@@ -117,11 +108,21 @@ def _rename_folder(temporary: Path, final: Path) -> None:
     except OSError as error:
         if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
             _require_empty_folder(final)
+        if error.errno == errno.EBUSY:  # another path of the same file system is mounted there
+            raise _mounted(final) from None
         raise
 
 
+def _mounted(final: Path) -> FileError:
+    return FileError(
+        f"{final}: a mount point, which cannot get its content in one step; "
+        f"choose a folder in it, such as {final / 'model'}"
+    )
+
+
 @contextmanager
-def _reported(final: Path) -> Iterator[None]:
+def reported(final: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a FileError that names ``final``; nothing was written then."""
     try:
         yield
     except OSError as error:

@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from .adapter import FLOATS, read_adapter
 from .atomic import output_folder
 from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from .safetensors_writer import safetensors_header, write_array
-from .sidecar import config_bytes, copy_sidecars
+from .sidecar import config_bytes, copy_sidecars, sidecar_bytes
+from .space import require_space
 from .weights import MergedWeights
 
 BLOCK_BYTES = 32 * 2**20
@@ -32,7 +33,7 @@ class MergedCheckpoint:
 
     Attributes:
         dir: the new folder.
-        merged_names: the tensors that an adapter pair was merged into.
+        merged_names: the tensors that the adapter changed or brought.
         tensors: how many tensors the checkpoint has.
         total_bytes: bytes of all tensors.
         files: the shards' names.
@@ -57,7 +58,8 @@ def write_merged_checkpoint(
     """Write the model in ``model_dir`` with the adapter merged to ``out_dir``, whole or not at all.
 
     Shards, tensor names and their order are the base's; a tensor without a pair keeps its bytes.
-    Configuration, tokenizer and chat template come along.
+    Configuration, tokenizer and chat template come along. A classifier's head that the adapter brings is
+    added: names and ``config.json`` become those of the class with that head; see `MergedWeights`.
 
     Args:
         model_dir: the base model's folder.
@@ -80,8 +82,9 @@ def write_merged_checkpoint(
         weights = MergedWeights(checkpoint, adapter, threads=threads)
         plan = _Plan(weights, target)
         with output_folder(out_dir) as folder:
+            require_space(folder.parent, plan.total_bytes + sidecar_bytes(checkpoint.dir))
             done = 0
-            for shard in checkpoint.shards:
+            for shard in weights.shards:
                 for written in _write_shard(folder / shard, plan, shard):
                     done += written
                     if progress is not None:
@@ -92,7 +95,7 @@ def write_merged_checkpoint(
             weights.merged_names,
             len(weights.names),
             plan.total_bytes,
-            tuple(checkpoint.shards),
+            tuple(weights.shards),
         )
 
 
@@ -111,10 +114,16 @@ class _Plan:
         own = self.weights.dtype(name)
         return self.target if self.target is not None and own in FLOATS else own
 
+    def config(self) -> Mapping[str, Any]:
+        config = self.weights.config
+        if self.target is None:
+            return config
+        return {**config, **{key: str(self.target) for key in ("dtype", "torch_dtype") if key in config}}
+
     def order(self, shard: str) -> list[str]:
-        names = list(self.checkpoint.shards[shard])
-        if self.target is not None:
-            # new sizes could leave a wide tensor at an odd offset; the widest first keeps each one aligned
+        names = list(self.weights.shards[shard])
+        if self.target is not None or names != list(self.checkpoint.shards[shard]):
+            # another layout could leave a wide tensor at an odd offset; the widest first keeps each aligned
             names.sort(key=lambda name: -self.dtype(name).itemsize)
         return names
 
@@ -138,7 +147,7 @@ def _write_shard(path: Path, plan: _Plan, shard: str) -> Iterator[int]:
         for name in names:
             for block in _blocks(plan, name):
                 write_array(file, block)
-                plan.checkpoint.release(name)
+                plan.weights.release(name)
                 yield block.nbytes
 
 
@@ -155,16 +164,18 @@ def _blocks(plan: _Plan, name: str) -> Iterator[NDArray[Any]]:
 
 
 def _write_descriptions(folder: Path, plan: _Plan) -> None:
-    checkpoint, target = plan.checkpoint, plan.target
-    copy_sidecars(checkpoint.dir, folder, exclude=() if target is None else (CONFIG_FILE,))
-    if target is not None:
-        renamed = {key: str(target) for key in ("dtype", "torch_dtype") if key in checkpoint.config}
+    checkpoint, config = plan.checkpoint, plan.config()
+    copy_sidecars(checkpoint.dir, folder, exclude=() if config == checkpoint.config else (CONFIG_FILE,))
+    if config != checkpoint.config:
         with (folder / CONFIG_FILE).open("xb") as file:
-            file.write(config_bytes({**checkpoint.config, **renamed}))
+            file.write(config_bytes({**config}))
     if checkpoint.index is not None:
         metadata = checkpoint.index.get("metadata")
         kept = metadata if isinstance(metadata, dict) else {}
+        index = {
+            **checkpoint.index,
+            "metadata": {**kept, "total_size": plan.total_bytes},
+            "weight_map": {name: shard for shard, names in plan.weights.shards.items() for name in names},
+        }
         with (folder / INDEX_FILE).open("xb") as file:
-            file.write(
-                config_bytes({**checkpoint.index, "metadata": {**kept, "total_size": plan.total_bytes}})
-            )
+            file.write(config_bytes(index))

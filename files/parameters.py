@@ -51,4 +51,4 @@ def name_parameters(adapter: Adapter, order: Mapping[str, tuple[str, ...]]) -> A
                     f"{own}: expected lora_A and lora_B for it, got {', '.join(paths)}; correct the order"
                 )
             pairs[own] = replace(adapter.pairs[found], scaling=config.scaling_of(own))
-    return Adapter(config, pairs, adapter.tensors, adapter.tokens)
+    return replace(adapter, pairs=pairs)

@@ -1,5 +1,6 @@
 """Which tensors of a checkpoint an adapter changes, and how; what cannot be merged is refused here."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from numpy.typing import NDArray
@@ -7,7 +8,8 @@ from numpy.typing import NDArray
 from loracle.reference import ConfigError, DTypeError, ShapeError, TargetError
 
 from .adapter import Adapter
-from .checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, Checkpoint, is_module
+from .base_tensors import BaseTensors
+from .checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_module
 from .lora_pair import FLOATS, LoraPair
 from .updates import Bias, Convolution, Dora, Linear, Stacked, TokenRows, Update, same_bits
 
@@ -17,27 +19,34 @@ _OTHER = "is this adapter for another model?"
 _IN_MEMORY = "merge it in memory, with loracle.torch_impl.merge"
 
 
-def plan_replacements(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, NDArray[Any]]:
-    """Return the whole tensors of the adapter that take the place of one of the checkpoint.
+def plan_replacements(
+    base: BaseTensors, adapter: Adapter, new: Collection[str] = ()
+) -> dict[str, NDArray[Any]]:
+    """Return the whole tensors of the adapter that take the place of one of the base's, by the base's names.
 
-    One with the bits of the checkpoint's own, as PEFT's copies of embeddings have, changes nothing and is
-    left out.
+    One with the bits of the base's own, as PEFT's copies of embeddings have, changes nothing and is left out.
+
+    Args:
+        base: the model that the adapter is merged into.
+        adapter: with its whole tensors.
+        new: the names of those that have no place in the base and are not meant here: of a head.
 
     Raises:
         TargetError, ShapeError, DTypeError: a tensor has no place, or its place is another tensor's too; the
             message names it.
     """
-    changed = {}
-    weights = {weight_name(checkpoint, path, pair) for path, pair in adapter.pairs.items()}
-    for name, array in adapter.tensors.items():
-        tied = checkpoint.tied and is_module(name, EMBEDDINGS)
-        if name not in checkpoint:
-            if tied and any(same_bits(array, other) for other in _stored_embeddings(checkpoint, adapter)):
+    changed: dict[str, NDArray[Any]] = {}
+    weights = {weight_name(base, path, pair) for path, pair in adapter.pairs.items()}
+    whole = _by_own_name(base, {name: array for name, array in adapter.tensors.items() if name not in new})
+    for name, array in whole.items():
+        tied = base.tied and is_module(name, EMBEDDINGS)
+        if name not in base:
+            if tied and any(same_bits(array, other) for other in _stored_embeddings(base, whole)):
                 continue  # the output layer's copy of the one stored tensor
             raise TargetError(f"{name}: the model has no such tensor, the adapter replaces it; {_OTHER}")
-        own = checkpoint.tensor(name)
+        own = base.tensor(name)
         unchanged = same_bits(array, own)
-        checkpoint.release(name)
+        base.release(name)
         if unchanged:
             continue
         if array.shape != own.shape:
@@ -63,7 +72,7 @@ def plan_replacements(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, NDA
     return changed
 
 
-def plan_updates(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Update]:
+def plan_updates(base: BaseTensors, adapter: Adapter) -> dict[str, Update]:
     """Return what happens to each weight that has a pair or trained rows, and to each bias.
 
     Raises:
@@ -79,35 +88,49 @@ def plan_updates(checkpoint: Checkpoint, adapter: Adapter) -> dict[str, Update]:
                 f"{path}: expected a stacked parameter's name, which an adapter's file does not hold; name "
                 f"it with name_parameters"
             )
-        name = weight_name(checkpoint, path, pair)
-        _refuse_tied(checkpoint, name, path)
-        _check_weight(checkpoint, name, f"a pair for shape {pair.shape}")
-        updates[name] = _update(checkpoint, name, path, adapter)
+        name = weight_name(base, path, pair)
+        if name in updates:
+            raise TargetError(f"{name}: two pairs of the adapter are of it, {path} is one; {_OTHER}")
+        _refuse_tied(base, name, path)
+        _check_weight(base, name, f"a pair for shape {pair.shape}")
+        updates[name] = _update(base, name, path, adapter)
         if pair.bias is not None:
-            updates[_bias_name(checkpoint, name, pair)] = Bias(pair)
+            updates[_bias_name(base, name, pair)] = Bias(pair)
     for path, rows in adapter.tokens.items():
         indices = adapter.config.token_indices_of(path)
         if indices:
-            updates[f"{path}.weight"] = _token_rows(checkpoint, path, indices, rows)
+            name = base.find(f"{path}.weight")
+            updates[name] = _token_rows(base, name, indices, rows)
     return updates
 
 
-def weight_name(checkpoint: Checkpoint, path: str, pair: LoraPair) -> str:
-    """Return the name of the tensor that a pair belongs to."""
+def weight_name(base: BaseTensors, path: str, pair: LoraPair) -> str:
+    """Return the name of the tensor that a pair belongs to: the base's, where it has one."""
     if pair.kind == "parameter":
-        return path
-    attention = f"{path}.in_proj_weight"  # of a MultiheadAttention
-    return attention if attention in checkpoint else f"{path}.weight"
+        return base.find(path)
+    attention = base.find(f"{path}.in_proj_weight")  # of a MultiheadAttention
+    return attention if attention in base else base.find(f"{path}.weight")
 
 
-def _update(checkpoint: Checkpoint, name: str, path: str, adapter: Adapter) -> Update:
+def _by_own_name(base: BaseTensors, tensors: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    """Return an adapter's tensors under the base's names for them."""
+    found: dict[str, NDArray[Any]] = {}
+    for name, array in tensors.items():
+        own = base.find(name)
+        if own in found:
+            raise TargetError(f"{own}: two tensors of the adapter take its place, {name} is one; {_OTHER}")
+        found[own] = array
+    return found
+
+
+def _update(base: BaseTensors, name: str, path: str, adapter: Adapter) -> Update:
     """Return how a pair changes its weight."""
-    pair, shape = adapter.pairs[path], checkpoint.shape(name)
+    pair, shape = adapter.pairs[path], base.shape(name)
     if pair.kind == "parameter" and len(shape) == 3:
         return _stacked(shape, name, adapter.config.rank_of(path), pair)
     # PEFT's fan_in_fan_out is for the layers that store (in, out); beside them it may adapt others
     stored_turned = pair.kind == "linear" and adapter.config.fan_in_fan_out and shape == pair.shape[::-1]
-    if stored_turned and shape == pair.shape and _has_straight(checkpoint, adapter):
+    if stored_turned and shape == pair.shape and _has_straight(base, adapter):
         raise TargetError(
             f"{name}: stored (out, in) or (in, out), which its shape {shape} does not tell, and the adapter "
             f"has layers of both; {_IN_MEMORY}"
@@ -125,14 +148,14 @@ def _update(checkpoint: Checkpoint, name: str, path: str, adapter: Adapter) -> U
     return Dora(pair)
 
 
-def _has_straight(checkpoint: Checkpoint, adapter: Adapter) -> bool:
+def _has_straight(base: BaseTensors, adapter: Adapter) -> bool:
     """Whether the adapter has a linear layer whose weight can only be stored (out, in)."""
-    names = {path: weight_name(checkpoint, path, pair) for path, pair in adapter.pairs.items()}
+    names = {path: weight_name(base, path, pair) for path, pair in adapter.pairs.items()}
     return any(
         pair.kind == "linear"
         and pair.shape != pair.shape[::-1]
-        and names[path] in checkpoint
-        and checkpoint.shape(names[path]) == pair.shape
+        and names[path] in base
+        and base.shape(names[path]) == pair.shape
         for path, pair in adapter.pairs.items()
     )
 
@@ -153,31 +176,29 @@ def _stacked(shape: tuple[int, ...], name: str, rank: int, pair: LoraPair) -> St
     return Stacked(pair, experts, turned=matrix == [inputs, outputs])
 
 
-def _bias_name(checkpoint: Checkpoint, weight: str, pair: LoraPair) -> str:
+def _bias_name(base: BaseTensors, weight: str, pair: LoraPair) -> str:
     """Return the name of the bias that lora_B's is added to.
 
     PEFT gives a MultiheadAttention's in_proj one too, of zeros, and neither adds nor trains it.
     """
     name = f"{weight.removesuffix('weight')}bias"
-    _check_weight(checkpoint, name, "a bias of lora_B, and the merged layer would need one")
-    if checkpoint.shape(name) != pair.B.shape[:1]:
+    _check_weight(base, name, "a bias of lora_B, and the merged layer would need one")
+    if base.shape(name) != pair.B.shape[:1]:
         raise TargetError(
-            f"{name}: the model's shape is {checkpoint.shape(name)}, the adapter's {pair.B.shape[:1]}; "
-            f"{_OTHER}"
+            f"{name}: the model's shape is {base.shape(name)}, the adapter's {pair.B.shape[:1]}; {_OTHER}"
         )
     return name
 
 
-def _token_rows(checkpoint: Checkpoint, path: str, indices: tuple[int, ...], rows: NDArray[Any]) -> TokenRows:
+def _token_rows(base: BaseTensors, name: str, indices: tuple[int, ...], rows: NDArray[Any]) -> TokenRows:
     """Return the rows of an embedding; one that is tied gets them for both, as PEFT has it."""
-    name = f"{path}.weight"
-    _check_weight(checkpoint, name, f"rows of shape {rows.shape}")
-    if checkpoint.tied and sum(is_module(other, EMBEDDINGS) for other in checkpoint.names) > 1:
+    _check_weight(base, name, f"rows of shape {rows.shape}")
+    if base.tied and sum(is_module(other, EMBEDDINGS) for other in base.names) > 1:
         raise TargetError(
             f"{name}: input and output embeddings of this model are one tensor, and the checkpoint holds it "
             f"twice; save the model again with transformers, which writes it once"
         )
-    shape = checkpoint.shape(name)
+    shape = base.shape(name)
     if len(shape) != 2 or shape[1] != rows.shape[1] or max(indices) >= shape[0]:
         raise TargetError(
             f"{name}: the model's shape is {shape}, the adapter has rows of {rows.shape[1]} for tokens up to "
@@ -186,25 +207,25 @@ def _token_rows(checkpoint: Checkpoint, path: str, indices: tuple[int, ...], row
     return TokenRows(indices, rows)
 
 
-def _stored_embeddings(checkpoint: Checkpoint, adapter: Adapter) -> list[NDArray[Any]]:
-    """Return what the checkpoint's own embeddings become, or are."""
-    names = [name for name in checkpoint.names if is_module(name, EMBEDDINGS)]
-    return [adapter.tensors.get(name, checkpoint.tensor(name)) for name in names]
+def _stored_embeddings(base: BaseTensors, whole: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+    """Return what the base's own embeddings become, or are."""
+    names = [name for name in base.names if is_module(name, EMBEDDINGS)]
+    return [whole.get(name, base.tensor(name)) for name in names]
 
 
-def _refuse_tied(checkpoint: Checkpoint, name: str, path: str) -> None:
-    if checkpoint.tied and is_module(name, EMBEDDINGS):
+def _refuse_tied(base: BaseTensors, name: str, path: str) -> None:
+    if base.tied and is_module(name, EMBEDDINGS):
         raise TargetError(
             f"{name}: input and output embeddings of this model are one tensor, so merging into {path} would "
             f"change both; train the adapter without {path}"
         )
 
 
-def _check_weight(checkpoint: Checkpoint, name: str, what: str) -> None:
-    if name not in checkpoint:
+def _check_weight(base: BaseTensors, name: str, what: str) -> None:
+    if name not in base:
         raise TargetError(f"{name}: the model has no such tensor, the adapter has {what}; {_OTHER}")
-    if checkpoint.dtype(name) not in FLOATS:
+    if base.dtype(name) not in FLOATS:
         raise DTypeError(
-            f"{name}: expected a floating-point weight to merge into, got {checkpoint.dtype(name)}; "
+            f"{name}: expected a floating-point weight to merge into, got {base.dtype(name)}; "
             f"use the checkpoint before quantisation"
         )

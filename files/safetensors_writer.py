@@ -7,7 +7,7 @@ multiple of 8, the tensors' bytes without holes.
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,13 @@ from .safetensors_file import DTYPES, LENGTH_BYTES
 
 Layout = Sequence[tuple[str, np.dtype[Any], tuple[int, ...]]]
 """Name, dtype and shape of each tensor, in the order of their bytes."""
+
+
+class Sink(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: Any, /) -> Any: ...
+
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -41,7 +48,7 @@ def safetensors_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 
-def write_array(file: BinaryIO, array: NDArray[Any]) -> None:
+def write_array(file: Sink, array: NDArray[Any]) -> None:
     """Write the array's elements in C order; nothing is copied when they lie that way already."""
     contiguous = np.ascontiguousarray(array).reshape(-1)
     file.write(contiguous.view(np.uint8).data)

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from loracle.reference import FileError
@@ -58,6 +59,15 @@ def copy_sidecars(
             shutil.copyfileobj(reader, writer)
         copied.append(name)
     return tuple(copied)
+
+
+def sidecar_bytes(model_dir: str | os.PathLike[str]) -> int:
+    """Return the bytes that `copy_sidecars` writes of ``model_dir``'s files, as far as they can be read."""
+    total = 0
+    for name in SIDECARS:
+        with suppress(OSError):
+            total += os.stat(Path(model_dir) / name).st_size
+    return total
 
 
 def _require_contained(folder: Path, name: str) -> None:

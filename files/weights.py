@@ -1,12 +1,15 @@
 """The weights of a deployed model, one at a time: a checkpoint's tensors, some with an adapter merged in."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from .adapter import Adapter
+from .base_tensors import BaseTensors
 from .checkpoint import Checkpoint
+from .heads import plan_head, weights_dtype, with_changes
 from .plan import plan_replacements, plan_updates
 from .updates import Update, convert
 
@@ -19,6 +22,11 @@ class MergedWeights:
     takes the place of the checkpoint's, and trained tokens' rows those of the embedding. Other tensors stay
     as they are.
 
+    The adapter's names may have or lack the prefix of the model's body, whatever the checkpoint has; the
+    checkpoint's names are kept. But where the adapter brings a classifier's head, trained whole, the model is
+    of the class with that head: its names are that class's, the head's tensors come last, and what only
+    another head needs is left out.
+
     Nothing is computed before it is asked for, and nothing is kept: each call reads the mapped checkpoint.
 
     Args:
@@ -26,11 +34,17 @@ class MergedWeights:
         adapter: None leaves every tensor as it is.
         threads: for each merge; one per CPU by default.
 
+    Attributes:
+        names: of all tensors, in the order of the checkpoint's.
+        merged_names: of those that the adapter changes or brings, in the same order.
+        shards: the checkpoint's file names to the names of the tensors that belong into each.
+        config: the content of the model's ``config.json``.
+
     Raises:
         TargetError, ShapeError: a tensor of the adapter finds none of its shape, or one that is tied to
             another, so that a merge would change both. The message names the tensor and both shapes.
         TargetError: the files do not say how a weight is stored, or it cannot be merged a few rows at a time
-            (DoRA on an embedding).
+            (DoRA on an embedding); or a part of the head is neither in the checkpoint nor in the adapter.
         ConfigError: a stacked parameter has no name yet; see `name_parameters`.
         DTypeError: a pair's weight is not a floating-point tensor, as in a quantised checkpoint.
     """
@@ -41,25 +55,42 @@ class MergedWeights:
         self.checkpoint = checkpoint
         self.adapter = adapter
         self._threads = threads
-        self._updates: dict[str, Update] = {} if adapter is None else plan_updates(checkpoint, adapter)
-        self._replaced = {} if adapter is None else plan_replacements(checkpoint, adapter)
-        self.names: tuple[str, ...] = checkpoint.names
+        head = None if adapter is None else plan_head(checkpoint, adapter)
+        self._base = BaseTensors(checkpoint, None if head is None else head.sources)
+        self._new: Mapping[str, NDArray[Any]] = {} if head is None else head.new
+        self._new_dtype = weights_dtype(checkpoint)
+        self._updates: dict[str, Update] = {} if adapter is None else plan_updates(self._base, adapter)
+        self._replaced: Mapping[str, NDArray[Any]] = (
+            {} if adapter is None else {**plan_replacements(self._base, adapter, self._new), **self._new}
+        )
+        self.names: tuple[str, ...] = (
+            *self._base.names,
+            *(name for name in self._new if name not in self._base),
+        )
         changed = self._updates.keys() | self._replaced.keys()
         self.merged_names: tuple[str, ...] = tuple(name for name in self.names if name in changed)
+        self.shards: Mapping[str, tuple[str, ...]] = self._by_shard()
+        self.config: Mapping[str, Any] = (
+            checkpoint.config if head is None else with_changes(checkpoint.config, head.config)
+        )
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the tensor's shape; merging keeps it."""
-        return self.checkpoint.shape(name)
+        """Return the tensor's shape; merging keeps it, but a new head may have other outputs."""
+        new = self._new.get(name)
+        return self._base.shape(name) if new is None else new.shape
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        """Return the tensor's dtype in the checkpoint, which its merge has unless another is asked for."""
-        return self.checkpoint.dtype(name)
+        """Return the tensor's dtype in the checkpoint, which its merge has unless another is asked for.
+
+        What the checkpoint lacks has the dtype of most of its floating-point entries.
+        """
+        return self._base.dtype(name) if name in self._base or name not in self._new else self._new_dtype
 
     def tensor(self, name: str, dtype: DTypeLike | None = None) -> NDArray[Any]:
         """Return the whole tensor, each entry rounded once from its exact value.
 
         Args:
-            name: of a tensor in the checkpoint.
+            name: one of ``names``.
             dtype: float16, bfloat16, float32 or float64, for a floating-point tensor; its own by default.
 
         Returns:
@@ -74,21 +105,41 @@ class MergedWeights:
         """
         return self._compute(name, 0, self.shape(name)[0] if self.shape(name) else None, dtype)
 
+    def base_tensor(self, name: str, dtype: DTypeLike | None = None) -> NDArray[Any] | None:
+        """Return what `tensor` would be without the adapter; None where the checkpoint has no such tensor.
+
+        Raises what `tensor` does.
+        """
+        if name not in self._base and name in self._new:
+            return None
+        whole = self._base.tensor(name)
+        return convert(whole, whole.dtype if dtype is None else np.dtype(dtype), name)
+
     def release(self, name: str) -> None:
         """Let go of the memory that the mapped tensor takes; reading it again brings it back."""
-        self.checkpoint.release(name)
+        if name in self._base or name not in self._new:
+            self._base.release(name)
 
     def rows(self, name: str, start: int, stop: int, dtype: DTypeLike | None = None) -> NDArray[Any]:
         """Return ``tensor(name, dtype)[start:stop]`` without computing the rest; the same bits."""
         return self._compute(name, start, stop, dtype)
 
     def _compute(self, name: str, start: int, stop: int | None, dtype: DTypeLike | None) -> NDArray[Any]:
-        whole = self.checkpoint.tensor(name)
-        target = whole.dtype if dtype is None else np.dtype(dtype)
-        whole = self._replaced.get(name, whole)
+        target = self.dtype(name) if dtype is None else np.dtype(dtype)
+        replaced = self._replaced.get(name)
+        whole = self._base.tensor(name) if replaced is None else replaced
         base = whole if stop is None else whole[start:stop]
         label = name if base.shape == whole.shape else f"{name}[{start}:{stop}]"
         update = self._updates.get(name)
         if update is None:
             return convert(base, target, label)
         return update.rows(base, start, target, self._threads, label)
+
+    def _by_shard(self) -> dict[str, tuple[str, ...]]:
+        """Return the tensors of each file; what the checkpoint lacks belongs into the last."""
+        home = {name: shard for shard, names in self.checkpoint.shards.items() for name in names}
+        shards: dict[str, list[str]] = {shard: [] for shard in self.checkpoint.shards}
+        last = next(reversed(shards))
+        for name in self.names:
+            shards[home[self._base.source(name)] if name in self._base else last].append(name)
+        return {shard: tuple(names) for shard, names in shards.items() if names}

@@ -136,7 +136,7 @@ def test_a_fence_that_would_hide_a_block_is_refused(page: str) -> None:
 def test_the_page_has_nothing_that_is_not_run() -> None:
     infos = Counter(block.info for block in blocks_of(PAGE.read_text("utf-8")))
     assert set(infos) == {"python", "sh", "json"}
-    assert infos["sh"] == 2
+    assert infos["sh"] == 3
     assert infos["python"] >= 5
 
 
@@ -169,8 +169,10 @@ def test_the_page_runs_and_does_what_it_says(users_cache: Path, tmp_path: Path) 
 def check_files(made: Path, page: str) -> None:
     """The files that the page lists are those that are there, and they agree with each other."""
     listed = re.findall(r"^\| (`.*`) \|", page.partition("## What comes out")[2].partition("\n## ")[0], re.M)
+    names = set(re.findall(r"`([^`]+)`", ", ".join(listed)))
+    assert {path.name for path in (made / "library").iterdir()} == names
     folder = made / "french"
-    assert {path.name for path in folder.iterdir()} == set(re.findall(r"`([^`]+)`", ", ".join(listed)))
+    assert {path.name for path in folder.iterdir()} == names - {"head.json"}
     with (folder / "loss.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
     result = result_of(folder)
@@ -203,10 +205,11 @@ def check_classifiers(made: Path) -> None:
     theirs.load_adapter(made / "library-python", adapter_name="library-python")
     majority = numbers.bincount().max().item() / len(numbers)
     accuracy = {}
+    classes = {}
     for adapter in ("library", "library-python"):
         theirs.set_adapter(adapter)
-        classes = logits(theirs, inputs).argmax(-1)
-        accuracy[adapter] = (classes == numbers).double().mean().item()
+        classes[adapter] = logits(theirs, inputs).argmax(-1)
+        accuracy[adapter] = (classes[adapter] == numbers).double().mean().item()
         # Half of what the largest class gets wrong.
         assert accuracy[adapter] > (1 + majority) / 2, adapter
     result = result_of(made / "library")
@@ -219,9 +222,13 @@ def check_classifiers(made: Path) -> None:
     doubtful = (best[:, 0] - best[:, 1] <= 4 * error).double().mean().item()
     assert doubtful < 0.1
     assert abs(accuracy["library"] - result["metrics"]["accuracy"]) <= doubtful
-    merged = AutoModelForSequenceClassification.from_pretrained(made / "library-merged")
-    assert merged.config.id2label == dict(enumerate(labels))
-    assert logits(merged, inputs).argmax(-1).equal(classes)
+    for adapter in classes:
+        merged, report = AutoModelForSequenceClassification.from_pretrained(
+            made / f"{adapter}-merged", output_loading_info=True
+        )
+        assert not any(report.values()), report
+        assert merged.config.id2label == dict(enumerate(labels))
+        assert logits(merged, inputs).argmax(-1).equal(classes[adapter])
 
 
 def check_merged_generator(made: Path) -> None:

@@ -1,7 +1,9 @@
 """Output is whole or absent: after every failing system call, a full disk, an interrupt."""
 
 import errno
+import fcntl
 import os
+import shutil
 import stat
 import subprocess
 import sys
@@ -11,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from refusal import refused
 
-from loracle.files import atomic, output_folder, write_atomic
+from loracle.files import atomic, output_folder, partial, require_space, write_atomic
+from loracle.files.lock import locked, try_lock
 from loracle.reference import FileError
 
 
@@ -221,3 +225,173 @@ def test_a_write_that_the_system_cuts_short_leaves_nothing_behind(tmp_path: Path
     assert done.stdout.count("\n") == 1
     assert "disk full" in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+ABANDONED = """
+import os, signal, sys
+from pathlib import Path
+from loracle.files import output_folder
+from loracle.files.partial import partial_file
+final = Path(sys.argv[1])
+with output_folder(final) as folder, partial_file(final) as (path, file):
+    (folder / "a").write_bytes(b"first")
+    file.write(b"first")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("name", ["out", "a" * 255])
+def test_what_a_killed_process_left_is_removed_by_the_next_with_the_same_output(
+    tmp_path: Path, name: str
+) -> None:
+    out = tmp_path / name[:240]
+    subprocess.run([sys.executable, "-c", ABANDONED, str(out)], check=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert len(left) == 2
+    write_atomic(tmp_path / "other", b"")
+    assert {path.name for path in tmp_path.iterdir()} == {*left, "other"}
+    with output_folder(out) as folder:
+        assert {path.name for path in tmp_path.iterdir()} == {folder.name, "other"}
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "other"}
+
+
+def test_a_file_removes_what_was_left_too(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", ABANDONED, str(tmp_path / "out")], check=False)
+    write_atomic(tmp_path / "out", b"whole")
+    assert _content(tmp_path) == {"out": b"whole"}
+
+
+def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def write_beside_another() -> None:
+        with output_folder(out) as ours, partial.partial_file(out) as (path, _):
+            (ours / "a").write_bytes(b"ours")
+            with output_folder(out) as theirs:
+                (theirs / "a").write_bytes(b"theirs")
+            assert path.exists()
+            assert (ours / "a").read_bytes() == b"ours"
+
+    message = f"{out}: exists and is not empty; choose another --out or remove it"
+    refused(write_beside_another, FileError, message)
+    assert _content(tmp_path) == {"out/a": b"theirs"}
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "other name", "short token"])
+def test_only_files_and_folders_of_such_a_name_are_removed(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").write_bytes(b"a")
+    path = tmp_path / f".out.{16 * '0'}.partial"
+    if kind == "link":
+        path.symlink_to("precious")
+    elif kind == "fifo":
+        os.mkfifo(path)
+    else:
+        path = tmp_path / (f".outer.{16 * '0'}.partial" if kind == "other name" else ".out.00ff.partial")
+        path.mkdir()
+    _write_two_files(tmp_path / "out")
+    assert os.path.lexists(path)
+    assert (tmp_path / "precious" / "a").read_bytes() == b"a"
+
+
+def test_without_locks_nothing_is_taken_for_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subprocess.run([sys.executable, "-c", ABANDONED, str(tmp_path / "out")], check=False)
+    left = [path.name for path in tmp_path.iterdir()]
+
+    def flock(descriptor: int, operation: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    _write_two_files(tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"out", *left}
+    with locked(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("moment", ["before it is opened", "before it is locked", "while it is locked"])
+def test_a_new_folder_that_another_process_takes_for_left_behind_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """The other process acts between the making of the folder and its locking."""
+    real_open, real_lock = os.open, try_lock
+    taken: list[str] = []
+    descriptors: list[int] = []
+
+    def open_late(path: Any, *arguments: Any, **options: Any) -> int:
+        if str(path).endswith(".partial") and not taken and moment == "before it is opened":
+            taken.append(path.name)
+            os.rmdir(path)
+        return real_open(path, *arguments, **options)
+
+    def lock_late(descriptor: int) -> bool | None:
+        if not taken and moment != "before it is opened":
+            (path,) = tmp_path.iterdir()
+            taken.append(path.name)
+            if moment == "before it is locked":
+                path.rmdir()
+            else:
+                descriptors.append(real_open(path, os.O_RDONLY))
+                assert real_lock(descriptors[0])
+        return real_lock(descriptor)
+
+    monkeypatch.setattr(os, "open", open_late)
+    monkeypatch.setattr(partial, "try_lock", lock_late)
+    with output_folder(tmp_path / "out") as folder:
+        assert folder.is_dir()
+        assert [folder.name] != taken
+    for descriptor in descriptors:
+        os.close(descriptor)
+    assert len(taken) == 1
+    assert (tmp_path / "out").is_dir()
+
+
+def test_a_folder_that_cannot_be_opened_is_not_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = OSError(errno.EMFILE, "Too many open files")
+    with (
+        _failing(monkeypatch, "open", 1, error),
+        pytest.raises(FileError, match="Too many open files"),
+        output_folder(tmp_path / "out"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_parent_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "parent").mkdir()
+    out = tmp_path / "parent" / "out"
+    monkeypatch.setattr(atomic, "remove_abandoned", lambda final: final.parent.rmdir())
+    message = f"{out}: cannot be written (No such file or directory {out.parent}); nothing was written"
+    refused(lambda: _write_two_files(out), FileError, message)
+
+
+def test_a_lock_is_held_for_its_block_alone(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    with locked(tmp_path):
+        assert try_lock(descriptor) is False
+    assert try_lock(descriptor) is True
+    os.close(descriptor)
+
+
+def test_room_is_asked_for_and_both_numbers_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1000, 800, 150))
+    require_space(tmp_path, 150)
+    message = (
+        f"{tmp_path}: expected 151 bytes free, got 150; "
+        "free some space or choose another --out; nothing was written"
+    )
+    refused(lambda: require_space(tmp_path, 151), FileError, message)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 0))
+    require_space(tmp_path, 1 << 60)
+    monkeypatch.undo()
+    missing = tmp_path / "missing"
+    message = f"{missing}: cannot be read (No such file or directory); choose another --out"
+    refused(lambda: require_space(missing, 0), FileError, message)
+
+
+def test_more_than_any_disk_has_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=f"expected {1 << 80} bytes free, got [0-9]+; free some space"):
+        require_space(tmp_path, 1 << 80)

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from files_fixtures import (
     tiny_llama,
     write_model,
 )
+from refusal import refused
 
 from loracle.files import (
     Adapter,
@@ -256,6 +258,24 @@ def test_a_failure_at_any_write_leaves_nothing_behind(
         f"{tmp_path / 'out'}: disk full (No space left on device); free some space, nothing was written"
     )
     assert messages == ({""} if isinstance(error, KeyboardInterrupt) else {expected})
+
+
+def test_a_disk_without_room_is_refused(
+    tmp_path: Path, adapter_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = write_model(tmp_path / "m", _halves())
+    write_merged_checkpoint(base, adapter_dir, tmp_path / "whole")
+    with Checkpoint(tmp_path / "whole") as whole:
+        needed = whole.total_bytes + (base / "config.json").stat().st_size
+    before = sorted(tmp_path.rglob("*"))
+    usage = type(shutil.disk_usage(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1 << 30, 0, needed - 1))
+    message = (
+        f"{tmp_path}: expected {needed} bytes free, got {needed - 1}; "
+        "free some space or choose another --out; nothing was written"
+    )
+    refused(lambda: write_merged_checkpoint(base, adapter_dir, tmp_path / "out"), FileError, message)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 MEASURED = """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from loracle.files import copy_sidecars
+from loracle.files import copy_sidecars, sidecar_bytes
 from loracle.files.sidecar import SIDECARS
 from loracle.reference import FileError
 
@@ -81,3 +81,17 @@ def test_pipes_and_dangling_links_are_refused(tmp_path: Path) -> None:
     (model / "config.json").symlink_to("nowhere")
     with pytest.raises(FileError, match=r"config\.json: cannot be read"):
         copy_sidecars(model, out)
+
+
+def test_the_bytes_of_what_is_copied_are_known_before(tmp_path: Path) -> None:
+    model, out = _folders(tmp_path)
+    assert sidecar_bytes(model) == 0
+    (model / "config.json").write_bytes(b"123")
+    (model / "real").write_bytes(b"12345")
+    (model / "tokenizer.json").symlink_to("real")
+    (model / "LICENSE").symlink_to("missing")
+    (model / "README.md").write_bytes(b"1")
+    assert sidecar_bytes(model) == 8
+    (model / "LICENSE").unlink()
+    copy_sidecars(model, out)
+    assert sum(path.stat().st_size for path in out.iterdir()) == 8

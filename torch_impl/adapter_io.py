@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from loracle.files.parameters import name_parameters
 from loracle.reference import TargetError
 
 from .arrays import array_of, assign
+from .heads import head_of
 from .inject import inject_with_start
 from .injected import InjectedAdapter, injected
 from .kinds import factor_shapes
@@ -51,7 +53,7 @@ def adapter_of(model: nn.Module, adapter_name: str | None = None) -> Adapter:
         path: LoraPair(pair.A, pair.B, config.scaling_of(path), pair.kind, pair.bias, pair.magnitude)
         for path, pair in pairs.items()
     }
-    return Adapter(config, pairs, tensors, tokens)
+    return Adapter(config, pairs, tensors, tokens, head_of(model) if tensors else None)
 
 
 def save_adapter(model: nn.Module, folder: str | Path, adapter_name: str | None = None) -> None:
@@ -201,7 +203,7 @@ def _without_copies(adapter: Adapter, targets: Targets, modules: dict[str, nn.Mo
     for full in expected:
         if full not in kept:
             raise TargetError(f"{full}: expected a tensor that the config trains, got none; {_REMEDY}")
-    return Adapter(adapter.config, adapter.pairs, kept, adapter.tokens)
+    return replace(adapter, tensors=kept)
 
 
 def _other_names(whole: Mapping[str, WholeTensor], modules: dict[str, nn.Module]) -> dict[str, str]:

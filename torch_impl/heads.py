@@ -2,7 +2,11 @@
 
 from dataclasses import replace
 
+from torch import nn
+
 from loracle.files import LoraConfig
+from loracle.files.architectures import CLASSIFIERS
+from loracle.files.head_config import HeadConfig, labels_of
 
 HEADS = ("classifier", "score")
 """What transformers calls the heads of its classifiers; a model has one of them."""
@@ -19,3 +23,12 @@ def with_head(config: LoraConfig) -> LoraConfig:
         return config
     saved = config.modules_to_save or ()
     return replace(config, modules_to_save=(*saved, *(name for name in HEADS if name not in saved)))
+
+
+def head_of(model: nn.Module) -> HeadConfig | None:
+    """Return what the configuration of a transformers classifier says of its head; None for other models."""
+    name, config = type(model).__name__, getattr(model, "config", None)
+    if config is None or not name.endswith(CLASSIFIERS):
+        return None
+    padding = getattr(config.get_text_config(), "pad_token_id", None)
+    return HeadConfig(name, labels_of(config.id2label), config.problem_type, padding)

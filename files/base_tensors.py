@@ -1,0 +1,65 @@
+"""A checkpoint's tensors under the names that they have in the merged model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loracle.reference import FileError
+
+from .architectures import architecture_of
+from .checkpoint import Checkpoint
+from .tensor_names import TensorNames
+
+
+class BaseTensors:
+    """What a merge starts from.
+
+    Args:
+        checkpoint: open for as long as tensors are read.
+        sources: the merged model's names to the checkpoint's; the checkpoint's own for None.
+
+    Attributes:
+        names: in the order of ``sources``, or of the checkpoint.
+        tied: whether input and output embeddings are one tensor; never so where ``sources`` are those of a
+            class with a head of its own.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, str] | None = None) -> None:
+        self._checkpoint = checkpoint
+        self._sources = (
+            dict(zip(checkpoint.names, checkpoint.names, strict=True)) if sources is None else sources
+        )
+        self.names: tuple[str, ...] = tuple(self._sources)
+        self.tied: bool = sources is None and checkpoint.tied
+        self._found = TensorNames(self.names, architecture_of(checkpoint.config))
+
+    def find(self, name: str) -> str:
+        """Return the name here of the tensor that an adapter calls ``name``; ``name`` where there is none."""
+        return self._found.find(name) or name
+
+    def source(self, name: str) -> str:
+        """Return the checkpoint's name of a tensor. Raises: FileError, if there is none."""
+        if name not in self._sources:
+            raise FileError(f"{self._checkpoint.dir}: has no tensor {name}; is this the right model?")
+        return self._sources[name]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._sources
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the tensor's shape."""
+        return self._checkpoint.shape(self.source(name))
+
+    def dtype(self, name: str) -> np.dtype[Any]:
+        """Return the tensor's dtype as stored."""
+        return self._checkpoint.dtype(self.source(name))
+
+    def tensor(self, name: str) -> NDArray[Any]:
+        """Return the tensor: a read-only array over the mapped file, no copy."""
+        return self._checkpoint.tensor(self.source(name))
+
+    def release(self, name: str) -> None:
+        """Let the system drop the tensor's pages from this process's memory; arrays handed out stay valid."""
+        self._checkpoint.release(self.source(name))
