@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all mutants lint bench clean
+.PHONY: help demo test test-all mutants lint bench architectures clean
 
 help:
 	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
@@ -15,6 +15,7 @@ help:
 	@echo "make mutants   do the tests notice every change of reference/? MODULES=\"linear bounds\" for some"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     side-by-side measurements"
+	@echo "make architectures  docs/architectures.md"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -55,9 +56,13 @@ lint: .venv/dev.stamp
 
 bench: .venv/dev.stamp .venv-peers/stamp
 	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.tightness
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.export --optimum .venv-peers/bin/python
+
+architectures: .venv/dev.stamp
+	$(BIN)/python tests/architectures_page.py
 
 clean:
 	rm -rf .venv .venv-peers demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

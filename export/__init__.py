@@ -1,7 +1,7 @@
 """Merged weights as ONNX, and the proof that they are what was trained.
 
-`loracle.export.session`, `.generate` and `.text` run an exported model without torch; so this package loads
-its parts on first use.
+`loracle.export.session`, `.generation`, `.sampling`, `.streaming` and `.text` run an exported model without
+torch; so this package loads its parts on first use.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .exporter import ExportSummary, export
-    from .generate import greedy
+    from .generation import generate, greedy
     from .report import Check, VerifyReport
+    from .sampling import Sampling
     from .session import DecoderSession, open_session
     from .text import TextModel
     from .verification import verify
@@ -21,10 +22,12 @@ _HOMES = {
     "Check": "report",
     "DecoderSession": "session",
     "ExportSummary": "exporter",
+    "Sampling": "sampling",
     "TextModel": "text",
     "VerifyReport": "report",
     "export": "exporter",
-    "greedy": "generate",
+    "generate": "generation",
+    "greedy": "generation",
     "open_session": "session",
     "verify": "verification",
 }
@@ -33,9 +36,11 @@ __all__ = [
     "Check",
     "DecoderSession",
     "ExportSummary",
+    "Sampling",
     "TextModel",
     "VerifyReport",
     "export",
+    "generate",
     "greedy",
     "open_session",
     "verify",

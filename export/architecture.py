@@ -9,6 +9,7 @@ from loracle.reference import ConfigError
 
 from .tasks import Task, task_of
 
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")
 
 
@@ -23,6 +24,17 @@ def check_supported(config: Mapping[str, Any], source: str) -> Task:
             "convert it to a class of transformers"
         )
     task = task_of(config, source)
+    if task.encoded:
+        raise ConfigError(
+            f"{source}: architectures: expected a model with an encoder or a decoder alone, got "
+            f"{config['architectures'][0]}, which has both; it cannot be exported yet"
+        )
+    for key in _EXPERTS:
+        if config.get(key):
+            raise ConfigError(
+                f"{source}: {key}: expected none, got {config[key]!r}; "
+                "a mixture of experts cannot be exported yet"
+            )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     # One for each kind of layer, where they differ.
     ropes = [own for own in rope.values() if isinstance(own, Mapping)] or [rope]

@@ -22,6 +22,9 @@ from .rotary import Tables
 
 ATTENTION = "loracle_fused_attention"
 
+_GROUP_QUERY_BIAS = 10
+"""Where `GroupQueryAttention` has its bias among the inputs."""
+
 
 @dataclass
 class FusedCache(Cache):  # type: ignore[misc]
@@ -29,14 +32,17 @@ class FusedCache(Cache):  # type: ignore[misc]
     operator appends to the past itself, and collects the `present` outputs layer by layer.
 
     Attributes:
-        past: key and value of each layer, (batch, kv_heads, past length, head size), alternating.
+        past: key and value of each layer, (batch, kv_heads, past length, head size), alternating; None
+            where nothing is cached.
         last_position: (batch,) int32, how many tokens each row will have, less one.
         total_length: (1,) int32, the mask's length.
+        length: how many tokens the model is to take as cached: none where it is given positions.
     """
 
-    past: list[torch.Tensor]
+    past: list[torch.Tensor] | None
     last_position: torch.Tensor
     total_length: torch.Tensor
+    length: Any = 0
     present: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     layers: list[Any] = field(default_factory=list)
 
@@ -46,13 +52,13 @@ class FusedCache(Cache):  # type: ignore[misc]
         """Hand through."""
         return key_states, value_states
 
-    def get_seq_length(self, *_: Any, **__: Any) -> int:
-        """Tell that nothing is cached: positions are given to the model."""
-        return 0
+    def get_seq_length(self, *_: Any, **__: Any) -> Any:
+        """Return `length`."""
+        return self.length
 
-    def get_query_offset(self, *_: Any, **__: Any) -> int:
-        """See `get_seq_length`."""
-        return 0
+    def get_query_offset(self, *_: Any, **__: Any) -> Any:
+        """Return `length`."""
+        return self.length
 
     def get_mask_sizes(self, query: Any, *_: Any, **__: Any) -> tuple[int, int]:
         """Tell that the keys are the query's own."""
@@ -105,11 +111,6 @@ def _attention(
     causal = bool(getattr(module, "is_causal", False) if is_causal is None else is_causal)
     tables, _being_traced.tables = _being_traced.tables, None
     if _being_traced.cache is not None and causal:
-        if position_bias is not None:
-            raise TargetError(
-                f"{type(module).__name__}: expected no position bias beside a cache, got one; "
-                "this architecture cannot be exported"
-            )
         y = _group_query(
             _being_traced.cache,
             int(module.layer_idx),
@@ -118,6 +119,7 @@ def _attention(
             scale,
             sliding_window,
             softcap,
+            position_bias,
         )
     else:
         if sliding_window is not None or softcap is not None:
@@ -126,7 +128,9 @@ def _attention(
                 "got one; this architecture cannot be exported with this head"
             )
         assert tables is None
-        y = _multi_head((query, key, value), attention_mask, position_bias, scale, causal)
+        # T5's attention to the encoder's states has no relative positions: what it is given are zeros.
+        bias = None if _being_traced.cache is not None else position_bias
+        y = _multi_head((query, key, value), attention_mask, bias, scale, causal)
     return y.reshape(batch, length, heads, width), None
 
 
@@ -144,11 +148,16 @@ def _group_query(
     scale: float,
     sliding_window: int | None,
     softcap: float | None,
+    position_bias: torch.Tensor | None,
 ) -> torch.Tensor:
     query, key, _ = states
     batch, heads, length, width = query.shape
-    past_key, past_value = cache.past[2 * layer], cache.past[2 * layer + 1]
-    inputs = [*map(_packed, states), past_key, past_value, cache.last_position, cache.total_length]
+    past: list[torch.Tensor | None] = [None, None]
+    present_shape: Any = key.shape
+    if cache.past is not None:
+        past = list(cache.past[2 * layer : 2 * layer + 2])
+        present_shape = cache.past[2 * layer].shape
+    inputs = [*map(_packed, states), *past, cache.last_position, cache.total_length]
     attributes: dict[str, Any] = {
         "num_heads": heads,
         "kv_num_heads": key.shape[1],
@@ -157,6 +166,8 @@ def _group_query(
     }
     if tables is not None:
         inputs += tables
+    if position_bias is not None:
+        inputs += [None] * (_GROUP_QUERY_BIAS - len(inputs)) + [position_bias]
     if sliding_window is not None:
         attributes["local_window_size"] = int(sliding_window)
     if softcap is not None:
@@ -165,8 +176,8 @@ def _group_query(
         "com.microsoft::GroupQueryAttention",
         inputs,
         attributes,
-        dtypes=(query.dtype, past_key.dtype, past_value.dtype),
-        shapes=((batch, length, heads * width), past_key.shape, past_value.shape),
+        dtypes=(query.dtype, key.dtype, key.dtype),
+        shapes=((batch, length, heads * width), present_shape, present_shape),
         version=1,
     )
     cache.present[layer] = (present_key, present_value)

@@ -1,13 +1,18 @@
-"""Greedy generation from an exported decoder."""
+"""Generation from an exported decoder: one sequence greedily, or a batch with any sampling."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
+from loracle.reference import ConfigError, ShapeError
+
+from .sampling import Sampler, Sampling
 from .session import DecoderSession
+
+_GREEDY = Sampling()
 
 
 def greedy(
@@ -29,3 +34,70 @@ def greedy(
         if token in stop:
             return
         ids = np.array([token], np.int64)
+
+
+def generate(
+    session: DecoderSession,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    sampling: Sampling = _GREEDY,
+    stop: frozenset[int] = frozenset(),
+    finished: Callable[[int], bool] | None = None,
+) -> Iterator[tuple[int, int]]:
+    """Answer a batch of prompts, all rows in step.
+
+    Args:
+        session: with as many rows as prompts, and room for the longest prompt and its answer.
+        prompts: tokens of each.
+        max_new_tokens: most tokens of an answer.
+        sampling: how a token is chosen.
+        stop: tokens that end an answer; they are yielded too.
+        finished: asked about a row after each of its tokens was yielded: whether its answer ends there.
+
+    Yields:
+        (row, token), in each step the rows in order. Once half of the rows have ended the others go on alone.
+
+    Raises:
+        ConfigError: no token is to be generated.
+        ShapeError: the session has other rows, or too little capacity.
+        NonFiniteError: a row's logits are not numbers.
+    """
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+    needed = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token is not read
+    if needed > session.capacity:
+        raise ShapeError(
+            f"capacity: expected at least {needed} for the longest prompt and {max_new_tokens} new tokens, "
+            f"got {session.capacity}; open the session with a larger capacity"
+        )
+    return _generate(session, prompts, max_new_tokens, Sampler(sampling, prompts), stop, finished)
+
+
+def _generate(
+    session: DecoderSession,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampler: Sampler,
+    stop: frozenset[int],
+    finished: Callable[[int], bool] | None,
+) -> Iterator[tuple[int, int]]:
+    logits = session.prefill(prompts)
+    rows = list(range(len(prompts)))  # those in the session; an ended one may be among them
+    live = set(rows)
+    for left in range(max_new_tokens - 1, -1, -1):
+        tokens = sampler.choose(logits, rows)
+        ended = False
+        for row, token in zip(rows, tokens, strict=True):
+            if row in live:
+                yield row, token
+                if token in stop or (finished is not None and finished(row)):
+                    live.remove(row)
+                    ended = True
+        if not left or not live:
+            return
+        if ended and 2 * len(live) <= len(rows):
+            places = [place for place, row in enumerate(rows) if row in live]
+            session.keep(places)
+            rows, tokens = [rows[place] for place in places], [tokens[place] for place in places]
+        logits = session.decode(tokens)

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
+ENCODER_FILE = "encoder_model.onnx"
+DECODER_FILE = "decoder_model.onnx"
+DECODER_WITH_PAST_FILE = "decoder_with_past_model.onnx"
 
 INPUT_IDS = "input_ids"
 ATTENTION_MASK = "attention_mask"
@@ -13,12 +16,16 @@ TOKEN_TYPE_IDS = "token_type_ids"
 PIXEL_VALUES = "pixel_values"
 LOGITS_TO_KEEP = "num_logits_to_keep"
 LOGITS = "logits"
+ENCODER_MASK = "encoder_attention_mask"
+ENCODER_STATES = "encoder_hidden_states"
+LAST_HIDDEN_STATE = "last_hidden_state"
 
 BATCH = "batch_size"
 SEQUENCE = "sequence_length"
 TOTAL_SEQUENCE = "total_sequence_length"
 PAST_SEQUENCE = "past_sequence_length"
 PRESENT_SEQUENCE = "present_sequence_length"
+ENCODER_SEQUENCE = "encoder_sequence_length"
 
 
 def past_names(layers: int) -> list[str]:
@@ -29,3 +36,13 @@ def past_names(layers: int) -> list[str]:
 def present_names(layers: int) -> list[str]:
     """`present.N.key`, `present.N.value` for N in 0..layers-1, in graph order."""
     return [f"present.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+
+
+def cross_names(prefix: str, layers: int) -> list[tuple[str, str]]:
+    """(`decoder` or `encoder`, `PREFIX.N.decoder.key`), and so on, for N in 0..layers-1, in graph order."""
+    return [
+        (side, f"{prefix}.{layer}.{side}.{kind}")
+        for layer in range(layers)
+        for side in ("decoder", "encoder")
+        for kind in ("key", "value")
+    ]

@@ -12,7 +12,7 @@ import numpy as np
 from loracle.files import Adapter
 
 from .candidate import Candidate
-from .generate import greedy
+from .generation import greedy
 from .report import Check
 from .session import DecoderSession, open_session
 

@@ -1,25 +1,31 @@
-"""An exported decoder in onnxruntime: keys and values are appended in place, nothing is copied per step.
+"""An exported decoder in onnxruntime: keys and values are appended in place, and a step binds nothing.
 
 Needs onnxruntime and NumPy alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  registers bfloat16 with NumPy
 import numpy as np
 import onnxruntime
 
-from loracle.reference import ConfigError, FileError, ShapeError
+from loracle.files.json_file import read_json_object
+from loracle.reference import ConfigError, DataError, FileError, ShapeError
 
-from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS, past_names, present_names
+from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, past_names, present_names
+
+Array = np.ndarray[Any, Any]
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+# While tokens come one by one the mask has columns to spare, and grows by this many: onnxruntime plans its
+# memory anew for every new shape, which costs as much as several steps of a small model.
+_COLUMNS = 128
 
 
 def open_session(folder: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
@@ -45,61 +51,164 @@ def open_session(folder: str | Path, threads: int = 0) -> onnxruntime.InferenceS
         raise FileError(f"{path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from error
 
 
-class DecoderSession:
-    """One sequence at a time through an exported decoder.
+def context_length(folder: str | Path) -> int | None:
+    """Most tokens of one text, `model.context_length` of `genai_config.json`; None where nothing says it.
 
-    The cache of each layer is one buffer (1, kv_heads, capacity, head_dim), bound both as `past` and as
-    `present`: the attention operator appends to it in place.
+    Raises FileError where the entry is no positive integer.
+    """
+    path = Path(folder) / "genai_config.json"
+    if not path.is_file():
+        return None
+    model = read_json_object(path).get("model")
+    length = model.get("context_length") if isinstance(model, dict) else None
+    if length is None:
+        return None
+    if not isinstance(length, int) or length < 1:
+        raise FileError(f"{path}: model.context_length: expected a positive integer, got {length!r}")
+    return length
+
+
+class DecoderSession:
+    """One text, or a batch of texts in step, through an exported decoder.
+
+    The cache of each layer is one buffer (rows, kv_heads, capacity, head_size), bound both as `past` and as
+    `present`: the attention operator appends to it in place. What a step of one token a row reads and writes
+    is bound once; the token and one more column of the mask are written into the bound arrays.
 
     Args:
         source: folder of the exported model, or a session opened on it.
-        capacity: most tokens, prompt and answer together.
+        capacity: most tokens of a row, prompt and answer together.
         threads: onnxruntime's threads; 0 leaves the choice to it.
+        batch: number of rows.
+
+    Attributes:
+        length: tokens of the longest row.
+        rows: rows that are still computed, see `keep`.
     """
 
     def __init__(
-        self, source: str | Path | onnxruntime.InferenceSession, capacity: int, *, threads: int = 0
+        self,
+        source: str | Path | onnxruntime.InferenceSession,
+        capacity: int,
+        *,
+        threads: int = 0,
+        batch: int = 1,
     ) -> None:
         if capacity < 1:
             raise ConfigError(f"capacity: expected at least 1 token, got {capacity}")
-        session = (
-            source if isinstance(source, onnxruntime.InferenceSession) else open_session(source, threads)
-        )
+        if batch < 1:
+            raise ConfigError(f"batch: expected at least 1 row, got {batch}")
+        if isinstance(source, onnxruntime.InferenceSession):
+            session = source
+        else:
+            context = context_length(source)
+            if context is not None and capacity > context:
+                raise ConfigError(
+                    f"capacity: expected at most the model's context of {context} tokens, got {capacity}"
+                )
+            session = open_session(source, threads)
         inputs = {entry.name: entry for entry in session.get_inputs()}
         outputs = {entry.name: entry for entry in session.get_outputs()}
-        layers = sum(name.endswith(".key") for name in inputs)
-        missing = [
-            name for name in (INPUT_IDS, ATTENTION_MASK, *past_names(layers)) if name not in inputs
-        ] + [name for name in (LOGITS, *present_names(layers)) if name not in outputs]
-        if missing or layers == 0:
-            raise FileError(
-                f"{missing[0] if missing else 'past_key_values.0.key'}: expected among the model's inputs "
-                "and outputs, found none; is this a decoder with a key-value cache?"
-            )
-        first = inputs[past_names(layers)[0]]
+        self._past, self._present = _cache_names(list(inputs), list(outputs))
+        first = inputs[self._past[0]]
+        for name, kind in ((self._past[0], first.type), (LOGITS, outputs[LOGITS].type)):
+            if kind not in _DTYPES:
+                raise FileError(
+                    f"{name}: expected one of {', '.join(_DTYPES)}, got {kind}; export in fp32 or fp16"
+                )
         self.session = session
         self.capacity = capacity
-        self.length = 0
-        self.dtype = _DTYPES[first.type]
+        self.batch = batch
+        self.dtype = _DTYPES[outputs[LOGITS].type]
         self.vocabulary = int(outputs[LOGITS].shape[-1])
         self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
-        shape = (1, int(first.shape[1]), capacity, int(first.shape[3]))
-        self._binding = session.io_binding()
-        self._cache = []
-        for past, present in zip(past_names(layers), present_names(layers), strict=True):
-            buffer = onnxruntime.OrtValue.ortvalue_from_numpy(np.zeros(shape, self.dtype), self._device, 0)
-            self._binding.bind_ortvalue_input(past, buffer)
-            self._binding.bind_ortvalue_output(present, buffer)
-            self._cache.append(buffer)
-        self._mask = np.ones((1, capacity), np.int64)
-        self._one = np.empty((1, 1, self.vocabulary), self.dtype)
+        self._keeps_last = LOGITS_TO_KEEP in inputs or any(
+            entry.name == LOGITS_TO_KEEP for entry in session.get_overridable_initializers()
+        )
+        self._cache_shape = (batch, int(first.shape[1]), capacity, int(first.shape[3]))
+        self._cache_dtype = _DTYPES[first.type]
+        self._mask = np.zeros(batch * capacity, np.int64)
+        self.rows = 0
+        self.reset()
 
     def reset(self) -> None:
-        """Forget the sequence; the buffers stay."""
+        """Forget the texts; every row is computed again."""
+        if self.rows != self.batch:
+            self._bind([np.zeros(self._cache_shape, self._cache_dtype) for _ in self._past])
         self.length = 0
+        self._padding = np.zeros(self.rows, np.int64)
+        self._width = 0
 
-    def step(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-        """Append tokens and return their logits.
+    def _bind(self, cache: list[Array]) -> None:
+        """Take these arrays, or copies of them on the device, as the cache; bind all that stays."""
+        self.rows = cache[0].shape[0]
+        self._host_cache = cache if self._device == "cpu" else []
+        self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in cache]
+        self._prompt_binding, self._step_binding = self.session.io_binding(), self.session.io_binding()
+        for binding in (self._prompt_binding, self._step_binding):
+            for past, present, value in zip(self._past, self._present, self._cache, strict=True):
+                binding.bind_ortvalue_input(past, value)
+                binding.bind_ortvalue_output(present, value)
+        step = self._step_binding
+        self._tokens = np.zeros((self.rows, 1), np.int64)
+        self._token_column = self._tokens[:, 0]
+        step.bind_cpu_input(INPUT_IDS, self._tokens)
+        if self._keeps_last:
+            step.bind_ortvalue_input(LOGITS_TO_KEEP, _number(1))
+        logits = np.empty((self.rows, 1, self.vocabulary), self.dtype)
+        # NumPy owns the buffer: an array taken from an OrtValue would not keep its memory alive.
+        step.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
+        self._step_logits = logits[:, 0]
+
+    def prefill(self, prompts: Sequence[Sequence[int] | Array]) -> Array:
+        """Forget the texts and begin each row with a prompt.
+
+        Shorter prompts are padded on the left, so that the last position is every row's last token, and no
+        other position's logits are computed.
+
+        Args:
+            prompts: for each row its tokens, at least one.
+
+        Returns:
+            logits (batch, vocabulary) after each prompt's last token.
+
+        Raises:
+            ShapeError: another number of prompts than rows, an empty prompt, or one longer than the capacity.
+            DataError: a token that the model does not have.
+        """
+        if len(prompts) != self.batch:
+            raise ShapeError(
+                f"prompts: expected {self.batch}, one a row, got {len(prompts)}; "
+                f"open the session with batch={len(prompts)}"
+            )
+        lengths = [len(prompt) for prompt in prompts]
+        for number, length in enumerate(lengths, 1):
+            if not 1 <= length <= self.capacity:
+                raise ShapeError(
+                    f"prompt {number}: expected 1 to {self.capacity} tokens, got {length}; "
+                    "open the session with a larger capacity"
+                )
+        longest = max(lengths)
+        tokens = np.zeros((self.batch, longest), np.int64)
+        mask = np.zeros((self.batch, longest), np.int64)
+        for row, prompt in enumerate(prompts):
+            tokens[row, longest - lengths[row] :] = prompt
+            mask[row, longest - lengths[row] :] = 1
+        for number, own in enumerate(tokens, 1):
+            wrong = own[(own < 0) | (own >= self.vocabulary)]
+            if wrong.size:
+                raise DataError(
+                    f"prompt {number}: expected tokens from 0 to {self.vocabulary - 1}, got {wrong[0]}; "
+                    "use the model's own tokenizer"
+                )
+        self.reset()
+        logits: Array = self._run(tokens, mask, last_only=True)[:, -1]
+        self.length = longest
+        self._padding = longest - np.array(lengths, np.int64)
+        return logits
+
+    def step(self, ids: Array) -> Array:
+        """Append tokens to the only row and return the logits of each.
 
         Args:
             ids: (n,) integers, the tokens that follow those already given.
@@ -108,23 +217,126 @@ class DecoderSession:
             logits (n, vocabulary) in the model's dtype; the next call of one token may overwrite them.
 
         Raises:
-            ShapeError: no token, or more than the capacity has room for.
+            ShapeError: no token, more than the capacity has room for, or several rows.
         """
+        if self.rows != 1:
+            raise ShapeError(f"step: expected a session of one row, got {self.rows}; use prefill and decode")
         count = int(ids.shape[0])
+        if count == 1:
+            return self.decode(ids)
         end = self.length + count
         if count == 0 or end > self.capacity:
-            raise ShapeError(
-                f"input_ids: expected 1 to {self.capacity - self.length} more tokens, got {count}; "
-                "open the session with a larger capacity"
-            )
-        binding = self._binding
-        tokens = np.ascontiguousarray(ids, np.int64)[None]
-        binding.bind_cpu_input(INPUT_IDS, tokens)
-        binding.bind_cpu_input(ATTENTION_MASK, np.ascontiguousarray(self._mask[:, :end]))
-        logits = self._one if count == 1 else np.empty((1, count, self.vocabulary), self.dtype)
-        # NumPy owns the buffer: an array taken from an OrtValue would not keep its memory alive.
-        binding.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
+            raise self._no_room(count)
+        logits: Array = self._run(
+            np.ascontiguousarray(ids, np.int64)[None], np.ones((1, end), np.int64), last_only=False
+        )[0]
+        self.length = end
+        self._width = 0
+        return logits
+
+    def decode(self, tokens: Array | Sequence[int]) -> Array:
+        """Append one token to each row.
+
+        Args:
+            tokens: (rows,) integers.
+
+        Returns:
+            logits (rows, vocabulary) in the model's dtype; the next call overwrites them.
+
+        Raises:
+            ShapeError: another number of tokens than rows, or the capacity has no room for one more.
+        """
+        if len(tokens) != self.rows:
+            raise ShapeError(f"tokens: expected {self.rows}, one a row, got {len(tokens)}")
+        end = self.length + 1
+        if end > self._width:
+            self._widen(end)
+        self._token_column[:] = tokens
+        self._mask[self._columns] = 1
+        self._columns -= 1
+        binding = self._step_binding
+        if self._device != "cpu":  # binding copies to the device
+            binding.bind_cpu_input(INPUT_IDS, self._tokens)
+            binding.bind_cpu_input(ATTENTION_MASK, self._wide_mask)
         self.session.run_with_iobinding(binding)
         self.length = end
-        result: np.ndarray[Any, Any] = logits[0]
-        return result
+        return self._step_logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with some of the rows alone, in this order: `decode` takes and returns that many.
+
+        Costs a copy of their cache. Where the longest text is dropped its room in the capacity is free again.
+
+        Raises:
+            ShapeError: no row, or one that is not there.
+        """
+        if not rows or not all(0 <= row < self.rows for row in rows):
+            raise ShapeError(f"rows: expected some of 0 to {self.rows - 1}, got {list(rows)}")
+        chosen = list(rows)
+        cache = self._host_cache or [value.numpy() for value in self._cache]
+        self._bind([np.ascontiguousarray(array[chosen]) for array in cache])
+        padding = self._padding[chosen]
+        self.length -= int(padding.min())
+        self._padding = padding - padding.min()
+        self._width = 0
+
+    def _widen(self, end: int) -> None:
+        """Bind a mask with room for more tokens: in each row ones on the right, as many as it has tokens."""
+        if end > self.capacity:
+            raise self._no_room(1)
+        self._width = min(self.capacity, -(-end // _COLUMNS) * _COLUMNS)
+        self._wide_mask = self._mask[: self.rows * self._width].reshape(self.rows, self._width)
+        free = self._width - (self.length - self._padding)
+        self._wide_mask[:] = np.arange(self._width) >= free[:, None]
+        self._columns = np.arange(self.rows) * self._width + free - 1
+        self._step_binding.bind_cpu_input(ATTENTION_MASK, self._wide_mask)
+
+    def _no_room(self, count: int) -> ShapeError:
+        return ShapeError(
+            f"input_ids: expected 1 to {self.capacity - self.length} more tokens, got {count}; "
+            "open the session with a larger capacity"
+        )
+
+    def _run(self, tokens: Array, mask: Array, *, last_only: bool) -> Array:
+        """Logits (rows, n, vocabulary) of new tokens (rows, n); (rows, 1, vocabulary) where `last_only` and
+        the graph can."""
+        binding = self._prompt_binding
+        binding.bind_cpu_input(INPUT_IDS, tokens)
+        binding.bind_cpu_input(ATTENTION_MASK, mask)
+        count = tokens.shape[1]
+        if self._keeps_last:
+            count = 1 if last_only else count
+            binding.bind_ortvalue_input(LOGITS_TO_KEEP, _number(count))
+        logits = np.empty((self.rows, count, self.vocabulary), self.dtype)
+        binding.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
+        self.session.run_with_iobinding(binding)
+        return logits
+
+
+def _number(value: int) -> onnxruntime.OrtValue:
+    """An int64 tensor (1,). `bind_cpu_input` does not know the inputs that need not be given."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(np.array([value], np.int64))
+
+
+def _cache_names(inputs: list[str], outputs: list[str]) -> tuple[list[str], list[str]]:
+    """Names of the cache among the inputs and among the outputs.
+
+    Raises FileError where the graph is no decoder, or wants an input that a session does not give.
+    """
+    layers = sum(name.endswith(".key") for name in inputs)
+    past, present = past_names(layers), present_names(layers)
+    known = (INPUT_IDS, ATTENTION_MASK, *past)
+    missing = [name for name in known if name not in inputs]
+    missing += [name for name in (LOGITS, *present) if name not in outputs]
+    if missing or layers == 0:
+        raise FileError(
+            f"{missing[0] if missing else 'past_key_values.0.key'}: expected among the model's inputs "
+            "and outputs, found none; is this a decoder with a key-value cache?"
+        )
+    unknown = [name for name in inputs if name not in (*known, LOGITS_TO_KEEP)]
+    if unknown:
+        raise FileError(
+            f"{unknown[0]}: expected no input but tokens, mask and cache, found one; "
+            "export with `loracle export`"
+        )
+    return past, present

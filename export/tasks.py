@@ -19,6 +19,7 @@ class Task:
         suffixes: how the class names of `architectures` in `config.json` end.
         outputs: names of the model's outputs, and of the graph's.
         cached: whether the graph has a key-value cache.
+        encoded: whether the model has an encoder before its decoder.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Task:
     suffixes: tuple[str, ...]
     outputs: tuple[str, ...]
     cached: bool = False
+    encoded: bool = False
 
 
 TASKS = (
@@ -45,6 +47,14 @@ TASKS = (
         ("start_logits", "end_logits"),
     ),
     Task("image-classification", "AutoModelForImageClassification", ("ForImageClassification",), ("logits",)),
+    Task(
+        "text2text-generation",
+        "AutoModelForSeq2SeqLM",
+        ("ForConditionalGeneration",),
+        ("logits",),
+        cached=True,
+        encoded=True,
+    ),
     Task("feature-extraction", "AutoModel", ("Model",), ("last_hidden_state",)),
 )
 

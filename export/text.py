@@ -18,9 +18,19 @@ from tokenizers import Tokenizer
 from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, FileError
 
+from .streaming import AnswerText, StopFilter
+
+# Files that name the end tokens, and the section where they do.
+_END_TOKENS = (("generation_config.json", None), ("genai_config.json", "model"), ("config.json", None))
+
 
 class TextModel:
-    """The tokenizer files of a model folder."""
+    """The tokenizer files of a model folder.
+
+    Attributes:
+        stop: tokens that end an answer, as the first of `generation_config.json`, `genai_config.json` and
+            `config.json` says that names any.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
@@ -92,27 +102,47 @@ class TextModel:
         """Text of `ids` without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
+    def answer(self, stops: Sequence[str] = ()) -> AnswerText:
+        """An empty answer that `stops` end; see `stop_rules`."""
+        return AnswerText(self.tokenizer, stops)
+
     def stream(self, ids: Iterable[int]) -> Iterator[str]:
         """The pieces of text as tokens arrive; a character split over tokens waits until it is whole."""
-        seen: list[int] = []
-        printed = ""
+        answer = self.answer()
         for token in ids:
-            seen.append(token)
-            text = self.decode(seen)
-            if not text.endswith("�"):
-                yield text[len(printed) :]
-                printed = text
-        rest = self.decode(seen)
-        if len(rest) > len(printed):
-            yield rest[len(printed) :]
+            piece = answer.push(token)
+            if piece:
+                yield piece
+
+    def stop_rules(self, stops: Sequence[str] = ()) -> tuple[frozenset[int], tuple[str, ...]]:
+        """The tokens and the strings that end an answer: the model's end tokens and `stops`.
+
+        A string of `stops` that is a special token is counted among the tokens: it never shows in text.
+
+        Raises ConfigError for an empty string.
+        """
+        added = self.tokenizer.get_added_tokens_decoder()
+        special = {entry.content: token for token, entry in added.items() if entry.special}
+        strings = tuple(stop for stop in stops if stop not in special)
+        StopFilter(strings)
+        return self.stop | {special[stop] for stop in stops if stop in special}, strings
 
 
 def _stop_tokens(folder: Path) -> frozenset[int]:
-    for name in ("generation_config.json", "config.json"):
+    """The end tokens, from the first file that names any.
+
+    Raises FileError where they are no tokens.
+    """
+    for name, section in _END_TOKENS:
         path = folder / name
-        found = read_json_object(path).get("eos_token_id") if path.is_file() else None
-        if isinstance(found, int):
-            return frozenset({found})
-        if isinstance(found, list):
-            return frozenset(int(token) for token in found)
+        entries = read_json_object(path) if path.is_file() else {}
+        if section is not None:
+            entries = entries.get(section) or {}
+        found = entries.get("eos_token_id") if isinstance(entries, dict) else None
+        if found is None:
+            continue
+        tokens = found if isinstance(found, list) else [found]
+        if not all(type(token) is int and token >= 0 for token in tokens):
+            raise FileError(f"{path}: eos_token_id: expected a token or a list of tokens, got {found!r}")
+        return frozenset(tokens)
     return frozenset()

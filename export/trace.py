@@ -17,11 +17,12 @@ from loracle.reference import ConfigError, TargetError
 
 from .last_logits import keep_last
 from .operators import fuse_modules
+from .seq2seq import seq2seq
 from .tasks import Task
 from .template import GraphTemplate
-from .tidy import name_dimensions, tidy
-from .weightless import build_weightless
-from .wrappers import decoder, encoder
+from .tidy import name_dimensions, name_values, tidy
+from .weightless import WeightlessModel, build_weightless
+from .wrappers import Traced, decoder, encoder
 
 OPSET = 20
 _TORCH_DTYPE = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}
@@ -53,16 +54,38 @@ def trace(model_dir: Path, task: Task, dtype: np.dtype[Any]) -> GraphTemplate:
     Raises:
         ConfigError: the architecture or the dtype cannot be exported.
     """
+    return trace_model(build_weightless(model_dir, task, torch_dtype(dtype)), task, dtype)
+
+
+def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
+    """The graph's floating-point type as torch has it. Raises ConfigError for one that cannot be exported."""
     if dtype not in _TORCH_DTYPE:
         raise ConfigError(f"dtype: expected float32 or float16, got {dtype}")
-    torch_dtype = _TORCH_DTYPE[dtype]
-    weightless = build_weightless(model_dir, task, torch_dtype)
+    return _TORCH_DTYPE[dtype]
+
+
+def trace_model(weightless: WeightlessModel, task: Task, dtype: np.dtype[Any]) -> GraphTemplate:
+    """Trace a model that has been built already; it is used up. See `trace`."""
     model: Any = weightless.model
     fuse_modules(model)
-    if task.cached:
-        traced = decoder(model, weightless.config, torch_dtype)
-    else:
-        traced = encoder(model, weightless.config, task, torch_dtype)
+    traced = (decoder if task.cached else encoder)(model, weightless.config, task, torch_dtype(dtype))
+    return _graph(traced, weightless, dtype)
+
+
+def trace_seq2seq(model_dir: Path, task: Task, dtype: np.dtype[Any]) -> dict[str, GraphTemplate]:
+    """Trace the encoder, and both graphs of the decoder, by the names of their files; see `trace`."""
+    return trace_seq2seq_model(build_weightless(model_dir, task, torch_dtype(dtype)), dtype)
+
+
+def trace_seq2seq_model(weightless: WeightlessModel, dtype: np.dtype[Any]) -> dict[str, GraphTemplate]:
+    """Trace a model that has been built already; it is used up. See `trace_seq2seq`."""
+    fuse_modules(weightless.model)
+    graphs = seq2seq(weightless.model, weightless.config, torch_dtype(dtype))
+    return {file: _graph(traced, weightless, dtype) for file, traced in graphs.items()}
+
+
+def _graph(traced: Traced, weightless: WeightlessModel, dtype: np.dtype[Any]) -> GraphTemplate:
+    model: Any = weightless.model
     with _quiet():
         program = torch.onnx.export(
             traced.module.eval(),
@@ -76,13 +99,14 @@ def trace(model_dir: Path, task: Task, dtype: np.dtype[Any]) -> GraphTemplate:
             verbose=False,
         )
     if program is None:
-        raise TargetError(f"{model_dir}: torch.onnx.export returned no program")
+        raise TargetError(f"{type(model).__name__}: torch.onnx.export returned no program")
     graph_model = program.model
     aliases, unused = _name_weights(graph_model, weightless.aliases)
     tidy(graph_model, frozenset(aliases))
     name_dimensions(graph_model, traced.inputs, traced.outputs)
     if traced.head is not None:
         keep_last(graph_model, traced.head, aliases)
+    name_values(graph_model, frozenset(aliases))
     ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     return GraphTemplate(
         graph_model,

@@ -1,13 +1,13 @@
-"""The unmerged model in float64, and the noise that rounding in another precision puts on its logits.
+"""The unmerged model in float64, and the noise that rounding in another precision puts on its outputs.
 
 Numeric contract, clause 7: noise of the size that `product_noise` gives each matrix product is added at the
-products' outputs, several times with different seeds; the largest deviation of the logits, times a stated
+products' outputs, several times with different seeds; the largest deviation of the outputs, times a stated
 factor, is the tolerance for a model evaluated in that precision.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,14 +15,18 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from torch import nn
-from transformers.masking_utils import eager_mask
+from numpy.typing import NDArray
+from torch import Tensor
 
 from loracle.files import Adapter
-from loracle.reference import ConfigError, product_noise, unit_roundoff
+from loracle.reference import ConfigError, unit_roundoff
 from loracle.torch_impl.adapter_io import load_adapter
-from loracle.torch_impl.linear import LoraLinear
 from loracle.torch_impl.loading import quiet_transformers
+
+from .adapter_noise import as_merged
+from .float64_mode import in_float64
+from .rounding_noise import RoundingNoise
+from .tasks import TASKS, Task
 
 #: The tolerance is this many times the largest deviation sampled: the maximum of a few draws lies below the
 #: maximum over all draws, and roundings outside the matrix products are not sampled. It can be small, for
@@ -30,92 +34,26 @@ from loracle.torch_impl.loading import quiet_transformers
 FACTOR = 2.0
 SAMPLES = 4
 
-_ATTENTION = "loracle_float64"
-
-
-class RoundingNoise:
-    """Noise at the outputs of a model's matrix products, in the order in which they are computed.
-
-    While *measuring*, each product's standard deviation is recorded and nothing is added; while *drawing*,
-    normal noise of the recorded deviations is added; otherwise products pass.
-    """
-
-    def __init__(self) -> None:
-        self._stored = self._accumulated = 0.0
-        self._deviations: list[torch.Tensor] | None = None
-        self._next: int | None = None
-        self._generator = torch.Generator()
-
-    def measure(self, stored: float, accumulated: float) -> None:
-        """Record from now on, for products whose operands and results are stored with unit roundoff `stored`
-        and whose terms are summed with unit roundoff `accumulated`."""
-        self._stored, self._accumulated = stored, accumulated
-        self._deviations, self._next = [], None
-
-    def draw(self, seed: int) -> None:
-        """Add noise from now on, from the first product again."""
-        self._generator.manual_seed(seed)
-        self._next = 0
-
-    def apply(self, y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        """`y`, the product `x @ w^T` of x (..., n, k) and w (..., m, k), with what is due added."""
-        if self._deviations is None:
-            return y
-        if self._next is None:
-            energy = torch.sqrt((x * x) @ (w * w).transpose(-1, -2))  # ||x * w||_2 of each output
-            noise = product_noise(x.shape[-1], self._accumulated, energy.numpy())
-            # Each entry of w was rounded once, and so is the result: half an ulp at most, evenly spread.
-            rounded = (energy.square() + y.square()) * (self._stored**2 / 3)
-            self._deviations.append(torch.sqrt(torch.from_numpy(np.square(noise)) + rounded))
-            return y
-        deviation = self._deviations[self._next]
-        self._next += 1
-        return y + deviation * torch.randn(y.shape, generator=self._generator, dtype=y.dtype)
-
-
-def _attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """Softmax attention wholly in float64 (transformers' own computes the softmax in float32)."""
-    noise: RoundingNoise = module.rounding_noise  # type: ignore[assignment]
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scores = noise.apply(query @ key.transpose(-1, -2), query, key)
-    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if attention_mask is not None:
-        scores = scores + attention_mask[..., : key.shape[-2]]
-    weights = torch.softmax(scores, -1)
-    y = noise.apply(weights @ value, weights, value.transpose(-1, -2))
-    return y.transpose(1, 2).contiguous(), None
-
-
-class _RMSNorm(nn.Module):
-    """RMS norm wholly in float64 (transformers' own computes in float32)."""
-
-    def __init__(self, weight: nn.Parameter, eps: float) -> None:
-        super().__init__()
-        self.weight = weight
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.weight * (x * torch.rsqrt((x * x).mean(-1, keepdim=True) + self.eps))
+_CAUSAL = next(task for task in TASKS if task.name == "text-generation")
+# Heads that answer once for each row, whatever its length.
+_POOLED = ("text-classification", "image-classification")
 
 
 @dataclass(frozen=True)
 class Truth:
-    """Float64 logits of the unmerged model (n, vocabulary), and how far rounding was seen to move them."""
+    """A float64 output of the unmerged model, and how far rounding was seen to move it.
 
-    logits: np.ndarray[Any, Any]
+    Attributes:
+        logits: the output as the model returns it; of `Float64Model.evaluate`, (n, vocabulary).
+        deviation: the largest of any entry that counts.
+    """
+
+    logits: NDArray[Any]
     deviation: float
 
     @property
     def tolerance(self) -> float:
+        """How far a right model's output may be off."""
         return FACTOR * self.deviation
 
 
@@ -125,43 +63,26 @@ class Float64Model:
     Args:
         model_dir: transformers folder; its weights are widened, exactly.
         adapter: None for the base model alone.
+        task: which of the architecture's models, and with which outputs.
     """
 
-    def __init__(self, model_dir: str | Path, adapter: Adapter | None) -> None:
-        transformers.AttentionInterface.register(_ATTENTION, _attention)
-        transformers.AttentionMaskInterface.register(_ATTENTION, eager_mask)
+    def __init__(self, model_dir: str | Path, adapter: Adapter | None, task: Task = _CAUSAL) -> None:
         with quiet_transformers():
-            model = transformers.AutoModelForCausalLM.from_pretrained(
-                model_dir, dtype=torch.float64, attn_implementation=_ATTENTION, local_files_only=True
+            model = getattr(transformers, task.auto).from_pretrained(
+                model_dir,
+                dtype=torch.float64,
+                # The implementations whose products are plain ones.
+                attn_implementation="eager",
+                experts_implementation="eager",
+                local_files_only=True,
             )
         if adapter is not None:
             load_adapter(model, adapter)
         model.double().eval()
+        model.config.use_cache = False
         self._model: Any = model
-        self._noise = RoundingNoise()
-        for name, module in list(model.named_modules()):
-            if type(module).__name__.endswith("RMSNorm"):
-                parent, _, leaf = name.rpartition(".")
-                norm = _RMSNorm(module.weight, module.variance_epsilon)
-                setattr(model.get_submodule(parent), leaf, norm)
-            elif type(module).__name__.endswith("Attention"):
-                module.rounding_noise = self._noise
-        adapted = {id(module.base_layer) for module in model.modules() if isinstance(module, LoraLinear)}
-        for module in model.modules():
-            # An adapted layer is one product, of the merged weight, in the model that is judged.
-            if isinstance(module, (LoraLinear, nn.Linear)) and id(module) not in adapted:
-                module.register_forward_hook(self._add_noise)
+        self._task = task
 
-    def _add_noise(
-        self, module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
-    ) -> torch.Tensor:
-        weight: torch.Tensor = module.weight  # type: ignore[assignment]
-        for update in module.updates if isinstance(module, LoraLinear) else ():
-            A, B = update.matrices()
-            weight = weight + update.scaling * (B @ A)
-        return self._noise.apply(output, inputs[0], weight)
-
-    @torch.no_grad()
     def evaluate(
         self,
         sequences: Sequence[Sequence[int]],
@@ -170,29 +91,77 @@ class Float64Model:
         samples: int = SAMPLES,
         seed: int = 0,
     ) -> list[Truth]:
-        """The logits of each sequence, and the largest deviation that `samples` draws of rounding cause
-        anywhere in them, for a model stored in `dtype`. Terms are summed in float32, as kernels for float16
-        do too.
+        """The logits of each sequence by a causal language model, and the largest deviation that `samples`
+        draws of rounding cause anywhere in them; see `evaluate_feeds`.
+
+        Raises ConfigError for another kind of model, or fewer than one sample.
+        """
+        if self._task.name != _CAUSAL.name:
+            raise ConfigError(
+                f"task: expected {_CAUSAL.name} for sequences of tokens, got {self._task.name}; "
+                "evaluate its feeds"
+            )
+        lengths = [len(sequence) for sequence in sequences]
+        # Padding on the right changes nothing before it: attention is causal.
+        tokens = np.zeros((len(sequences), max(lengths)), np.int64)
+        for row, sequence in enumerate(sequences):
+            tokens[row, : len(sequence)] = sequence
+        ((exact, spread),) = self._sampled({"input_ids": tokens}, dtype, samples, seed)
+        return [
+            Truth(exact[row, :length].numpy(), float(spread[row, :length].max()))
+            for row, length in enumerate(lengths)
+        ]
+
+    def evaluate_feeds(
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        dtype: np.dtype[Any],
+        *,
+        samples: int = SAMPLES,
+        seed: int = 0,
+    ) -> dict[str, Truth]:
+        """The task's outputs for inputs given by the names that the model's forward has for them.
+
+        Their deviations are the largest that `samples` draws of rounding cause, for a model stored in
+        `dtype`, where `attention_mask`, or `decoder_attention_mask` where the outputs are a decoder's, is 1;
+        anywhere without one. Terms are summed in float32, as kernels for float16 do too, or in a wider
+        `dtype`.
 
         Raises ConfigError for fewer than one sample.
         """
+        mask = feeds.get("decoder_attention_mask" if "decoder_input_ids" in feeds else "attention_mask")
+        truths = {}
+        sampled = self._sampled(feeds, dtype, samples, seed)
+        for name, (exact, spread) in zip(self._task.outputs, sampled, strict=True):
+            if mask is not None and self._task.name not in _POOLED and spread.shape[:2] == mask.shape:
+                spread = spread[torch.from_numpy(mask) == 1]
+            truths[name] = Truth(exact.numpy(), float(spread.max()))
+        return truths
+
+    def _sampled(
+        self, feeds: Mapping[str, NDArray[Any]], dtype: np.dtype[Any], samples: int, seed: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return each output of the task, and the largest deviation of each of its entries."""
         if samples < 1:
             raise ConfigError(f"samples: expected at least 1, got {samples}")
-        lengths = [len(sequence) for sequence in sequences]
-        # Padding on the right changes nothing before it: attention is causal.
-        tokens = torch.zeros(len(sequences), max(lengths), dtype=torch.int64)
-        for row, sequence in enumerate(sequences):
-            tokens[row, : len(sequence)] = torch.tensor(list(sequence))
-        noise = self._noise
-        noise.measure(unit_roundoff(dtype), unit_roundoff(np.float32))
-        exact = self._model(input_ids=tokens, use_cache=False).logits
-        deviations = [0.0] * len(sequences)
+        stored = unit_roundoff(dtype)
+        accumulated = min(stored, unit_roundoff(np.float32))
+        inputs = {name: _tensor(array) for name, array in feeds.items()}
+        exact = self._outputs(inputs, None)
+        spreads = [torch.zeros_like(output) for output in exact]
         for sample in range(samples):
-            noise.draw(seed + sample)
-            gap = (self._model(input_ids=tokens, use_cache=False).logits - exact).abs()
-            for row, length in enumerate(lengths):
-                deviations[row] = max(deviations[row], float(gap[row, :length].max()))
-        return [
-            Truth(exact[row, :length].numpy(), deviation)
-            for row, (length, deviation) in enumerate(zip(lengths, deviations, strict=True))
-        ]
+            noise = RoundingNoise(stored, accumulated, seed + sample)
+            for spread, output, noisy in zip(spreads, exact, self._outputs(inputs, noise), strict=True):
+                torch.maximum(spread, (noisy - output).abs_(), out=spread)
+        return list(zip(exact, spreads, strict=True))
+
+    def _outputs(self, inputs: Mapping[str, Tensor], noise: RoundingNoise | None) -> list[Tensor]:
+        with in_float64(self._model, noise) as mode, as_merged(self._model, mode):
+            answer = self._model(**inputs)
+        return [answer[name] for name in self._task.outputs]
+
+
+def _tensor(array: NDArray[Any]) -> Tensor:
+    """Return the array's numbers as the wide model takes them."""
+    wide = np.float64 if np.issubdtype(array.dtype, np.floating) else np.int64
+    return torch.from_numpy(array.astype(wide))

@@ -51,7 +51,7 @@ def verify(
     candidate_dir = Path(candidate_dir)
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
-        weights, base = MergedWeights(checkpoint, adapter), MergedWeights(checkpoint, None)
+        weights = MergedWeights(checkpoint, adapter)
         error: float | None = None
         tolerance: float | None = None
         if (candidate_dir / GRAPH_FILE).is_file():
@@ -60,7 +60,7 @@ def verify(
             template = graph_template(checkpoint, task, candidate.dtype)
             checks = [
                 _check_graph(candidate, template),
-                _check_initializers(candidate, template, weights, base, progress),
+                _check_initializers(candidate, template, weights, progress),
             ]
             outputs = check_outputs(
                 candidate, model_dir, adapter, _encoded(candidate_dir, prompts), new_tokens=new_tokens
@@ -68,7 +68,7 @@ def verify(
             checks += outputs.checks
             error, tolerance = outputs.error, outputs.tolerance
         elif any(candidate_dir.glob("*.safetensors")):
-            checks = _check_checkpoint(candidate_dir, weights, base, progress)
+            checks = _check_checkpoint(candidate_dir, weights, progress)
         else:
             raise FileError(
                 f"{candidate_dir}: expected {GRAPH_FILE} or a checkpoint in safetensors, found neither"
@@ -103,7 +103,6 @@ def _check_initializers(
     candidate: Candidate,
     template: GraphTemplate,
     weights: MergedWeights,
-    base: MergedWeights,
     progress: Progress | None,
 ) -> Check:
     found = names_in_checkpoint(template, weights)
@@ -129,7 +128,7 @@ def _check_initializers(
         weights,
         frozenset(weights.merged_names),
         candidate.dtype,
-        base,
+        weights.base_tensor,
         progress,
     )
     return _bits_check(
@@ -137,13 +136,11 @@ def _check_initializers(
     )
 
 
-def _check_checkpoint(
-    folder: Path, weights: MergedWeights, base: MergedWeights, progress: Progress | None
-) -> list[Check]:
+def _check_checkpoint(folder: Path, weights: MergedWeights, progress: Progress | None) -> list[Check]:
     with Checkpoint(folder) as candidate:
         want, got = set(weights.names), set(candidate.names)
         failures = [f"{name}: expected in the checkpoint, found none" for name in sorted(want - got)]
-        failures += [f"{name}: not in the base model" for name in sorted(got - want)]
+        failures += [f"{name}: not in the merged model" for name in sorted(got - want)]
         common = []
         for name in sorted(want & got):
             if candidate.shape(name) != weights.shape(name) or candidate.dtype(name) != weights.dtype(name):
@@ -154,7 +151,13 @@ def _check_checkpoint(
             else:
                 common.append((name, name))
         differences = compare_tensors(
-            candidate.tensor, common, weights, frozenset(weights.merged_names), None, base, progress
+            candidate.tensor,
+            common,
+            weights,
+            frozenset(weights.merged_names),
+            None,
+            weights.base_tensor,
+            progress,
         )
         return [
             _bits_check(

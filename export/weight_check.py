@@ -42,10 +42,10 @@ def compare_tensor(
     name: str,
     got: np.ndarray[Any, Any],
     expected: np.ndarray[Any, Any],
-    base: Callable[[], np.ndarray[Any, Any]] | None = None,
+    base: Callable[[], np.ndarray[Any, Any] | None] | None = None,
 ) -> TensorDifference | None:
-    """None where the bits agree. `base`, for a merged tensor, gives the tensor without the adapter: a
-    candidate equal to it says that nothing was merged."""
+    """None where the bits agree. `base`, for a merged tensor, gives the tensor without the adapter, or None
+    where the base has none: a candidate equal to it says that nothing was merged."""
     ours, theirs = _bits(got), _bits(expected)
     step = _BLOCK_BYTES // ours.dtype.itemsize
     entries, first = 0, -1
@@ -59,7 +59,8 @@ def compare_tensor(
         return None
     index = tuple(int(i) for i in np.unravel_index(first, expected.shape))
     note = ""
-    if base is not None and np.array_equal(ours, _bits(base())):
+    without = None if base is None else base()
+    if without is not None and np.array_equal(ours, _bits(without)):
         note = "; the tensor equals the base model's: the adapter was not merged into it"
     return TensorDifference(
         name, entries, expected.size, index, float(expected[index]), float(got[index]), note
@@ -72,7 +73,7 @@ def compare_tensors(
     source: WeightSource,
     merged: frozenset[str],
     dtype: np.dtype[Any] | None,
-    base: WeightSource,
+    base: Callable[[str, np.dtype[Any] | None], np.ndarray[Any, Any] | None],
     progress: Progress | None = None,
 ) -> list[TensorDifference]:
     """Compare tensor after tensor, holding one at a time.
@@ -80,14 +81,15 @@ def compare_tensors(
     Args:
         candidate: name in the candidate -> its tensor.
         names: (name in the candidate, name in the checkpoint).
-        source: the merged weights; `base`: the weights without the adapter.
+        source: the merged weights.
         merged: the checkpoint names that the adapter touches.
         dtype: the candidate's dtype; None for each tensor's own.
+        base: (name in the checkpoint, dtype) -> the tensor without the adapter, None where there is none.
     """
     pairs = list(names)
     found = []
     for done, (name, held) in enumerate(pairs, 1):
-        without = (lambda held=held: base.tensor(held, dtype)) if held in merged else None
+        without = (lambda held=held: base(held, dtype)) if held in merged else None
         difference = compare_tensor(name, candidate(name), source.tensor(held, dtype), without)
         if difference is not None:
             found.append(difference)

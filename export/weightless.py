@@ -59,4 +59,12 @@ def build_weightless(model_dir: Path, task: Task, dtype: torch.dtype) -> Weightl
         if type(transform) is WeightRenaming and len(transform.target_patterns) == 1
         for pattern in transform.source_patterns
     )
-    return WeightlessModel(model, config, {group[0]: tuple(group) for group in names.values()}, renames)
+    aliases = {group[0]: tuple(group) for group in names.values()}
+    # A buffer that is saved with the weights is one of them.
+    saved = model.state_dict().keys()
+    aliases |= {
+        name: (name,)
+        for name, buffer in model.named_buffers()
+        if name in saved and buffer.is_floating_point()
+    }
+    return WeightlessModel(model, config, aliases, renames)

@@ -121,7 +121,7 @@ class Encoder(nn.Module):
         return [getattr(out, name) for name in self._outputs]
 
 
-def decoder(model: Any, config: Any, dtype: torch.dtype) -> Traced:
+def decoder(model: Any, config: Any, _: Task, dtype: torch.dtype) -> Traced:
     """Return a causal language model with its cache, ready to be traced."""
     layers = int(config.num_hidden_layers)
     heads = int(config.num_attention_heads)

@@ -56,7 +56,7 @@ def _bert(**own: Any) -> Any:
 
 def _roberta(**own: Any) -> Any:
     # Positions are counted from padding_idx on.
-    return hf.RobertaConfig(**{**SIZES, "bos_token_id": 0, "pad_token_id": 1, **own})
+    return hf.RobertaConfig(**{**SIZES, "bos_token_id": 0, "pad_token_id": 1, "type_vocab_size": 1, **own})
 
 
 CASES: dict[str, Case] = {
@@ -83,7 +83,7 @@ CASES: dict[str, Case] = {
             eos_token_id=2,
         )
     ),
-    "gpt_neox": Case(lambda: hf.GPTNeoXConfig(**SIZES)),
+    "gpt_neox": Case(lambda: hf.GPTNeoXConfig(**{**SIZES, "hidden_size": 64})),
     "opt": Case(
         lambda: hf.OPTConfig(
             vocab_size=VOCABULARY,
@@ -144,7 +144,7 @@ CASES: dict[str, Case] = {
     "bart": Case(
         lambda: hf.BartConfig(
             **SEQ2SEQ,
-            d_model=48,
+            d_model=64,
             encoder_layers=2,
             decoder_layers=2,
             encoder_attention_heads=4,

@@ -60,7 +60,7 @@ def test_the_chain_from_base_to_answer(made: Path, tmp_path: Path) -> None:
         assert json.loads(out)["passed"] is True
     code, out, _ = call("run", exported, "--prompt", "hello", "--max-new-tokens", 3, "--json")
     assert code == 0
-    assert 1 <= len(json.loads(out)["tokens"]) <= 3
+    assert 1 <= len(json.loads(out)["answers"][0]["tokens"]) <= 3
     assert {path.name: path.read_bytes() for path in (made / "base").iterdir()} == before
 
 

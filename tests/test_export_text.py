@@ -70,8 +70,26 @@ def test_special_tokens_are_not_printed_and_stop_tokens_are_read(tmp_path: Path)
     text = TextModel(tmp_path)
     assert text.stop == frozenset({3, 257})
     assert text.decode([*text.encode("ok"), 257]) == "ok"
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"eos_token_id": [7]}}))
+    assert TextModel(tmp_path).stop == frozenset({7})
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
+    assert TextModel(tmp_path).stop == frozenset({7})
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
     assert TextModel(tmp_path).stop == frozenset({5})
+    for wrong in (True, [3, "x"], -1):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(FileError, match=r"eos_token_id: expected a token or a list of tokens, got"):
+            TextModel(tmp_path)
+
+
+def test_stop_strings_that_are_special_tokens_are_counted_among_the_tokens(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path)
+    text = TextModel(tmp_path)
+    assert text.stop_rules(["</s>", "\n\n", "</"]) == (frozenset({257}), ("\n\n", "</"))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 3}))
+    assert TextModel(tmp_path).stop_rules(["</s>"]) == (frozenset({3, 257}), ())
+    with pytest.raises(ConfigError, match="stop: expected some text, got an empty string"):
+        text.stop_rules([""])
 
 
 def test_missing_or_malformed_files_are_named(tmp_path: Path) -> None:

@@ -170,7 +170,8 @@ def test_external_data_outside_the_folder_are_refused(made: Path, tmp_path: Path
     shutil.copytree(made / "onnx", candidate)
     (tmp_path / "outside.bin").write_bytes(b"\0" * 4096)
     model = onnx.load(str(candidate / "model.onnx"), load_external_data=False)
-    entry = next(e for e in model.graph.initializer[0].external_data if e.key == "location")
+    outside = next(tensor for tensor in model.graph.initializer if tensor.external_data)
+    entry = next(e for e in outside.external_data if e.key == "location")
     entry.value = location
     (candidate / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(FileError, match="expected its data in"):

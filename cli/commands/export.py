@@ -18,6 +18,13 @@ def command(
     out: Out,
     adapter: Adapter = None,
     dtype: Annotated[str, typer.Option("--dtype", help="fp32 or fp16.")] = "fp32",
+    form: Annotated[
+        str,
+        typer.Option(
+            "--form", help="baked, or linked: the base beside a graph with the merged weights alone."
+        ),
+    ] = "baked",
+    name: Annotated[str | None, typer.Option("--name", help="The task's name, in the form linked.")] = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -26,7 +33,7 @@ def command(
         from loracle.export import export
 
         with bar("exporting") as advance:
-            summary = export(model, out, adapter, dtype=dtype, progress=advance)
+            summary = export(model, out, adapter, dtype=dtype, form=form, name=name, progress=advance)
         if as_json:
             typer.echo(json.dumps(dataclasses.asdict(summary), default=str))
         else:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,12 +15,44 @@ from loracle.reference import ConfigError
 from ..guard import one_line_errors
 from ..options import Debug, Json
 
+if TYPE_CHECKING:
+    from loracle.export.streaming import AnswerText
+
+_NEW_TOKENS = 128
+
 
 def command(
     model: Annotated[Path, typer.Argument(help="Folder that `loracle export` wrote.")],
-    prompt: Annotated[str, typer.Option("--prompt", help="What to answer.")],
+    prompt: Annotated[
+        list[str], typer.Option("--prompt", help="What to answer; several are answered as one batch.")
+    ],
     system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-new-tokens",
+            help=f"Most tokens to write; left out, {_NEW_TOKENS}, or what the context has room for.",
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature",
+            help="0: greedy, always the most likely token. Above 0: draw tokens, as transformers does.",
+        ),
+    ] = 0.0,
+    top_k: Annotated[
+        int, typer.Option("--top-k", help="Draw from this many most likely tokens; 0: from all.")
+    ] = 0,
+    top_p: Annotated[
+        float, typer.Option("--top-p", help="Draw from the most likely tokens that sum to this probability.")
+    ] = 1.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of what is drawn: the same seed, the same text.")] = 0,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option("--stop", help="Text that ends an answer, and is left out; repeatable."),
+    ] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it is, without chat template.")
     ] = False,
@@ -29,48 +60,122 @@ def command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer PROMPT, the most likely token at a time, streaming the text."""
+    """Answer every PROMPT, streaming the text.
+
+    Greedy unless --temperature is given: the settings in generation_config.json are not used, but for its end
+    tokens.
+    """
     with one_line_errors(debug):
-        from loracle.export import DecoderSession, TextModel, greedy
+        from loracle.export import DecoderSession, Sampling, TextModel, generate
 
-        if max_new_tokens < 1:
+        if max_new_tokens is not None and max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens: expected at least 1, got {max_new_tokens}")
+        sampling = Sampling(temperature, top_k, top_p, seed)
+        if sampling.greedy and (top_k, top_p) != (0, 1.0):
+            raise ConfigError(
+                "--top-k, --top-p: expected a --temperature above 0 beside them, got greedy decoding"
+            )
         text = TextModel(model)
-        ids = text.encode_prompt(prompt, system=system, raw=raw)
-        session = DecoderSession(model, len(ids) + max_new_tokens, threads=threads)
-        tokens: list[int] = []
+        stop_tokens, stop_strings = text.stop_rules(stop or ())
+        prompts = [text.encode_prompt(one, system=system, raw=raw) for one in prompt]
+        new_tokens = _room(model, prompts, max_new_tokens)
+        session = DecoderSession(
+            model, max(map(len, prompts)) + new_tokens, threads=threads, batch=len(prompts)
+        )
+        answers = [text.answer(stop_strings) for _ in prompts]
+        printer = _Printer(answers, quiet=as_json)
         started = time.perf_counter()
-        first = started
-
-        def generated() -> Iterator[int]:
-            nonlocal first
-            for token, _ in greedy(session, ids, max_new_tokens, text.stop):
-                if not tokens:
-                    first = time.perf_counter()
-                tokens.append(token)
-                yield token
-
-        answer = ""
-        for piece in text.stream(generated()):
-            answer += piece
-            if not as_json:
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-        ended = time.perf_counter()
-        rate = (len(tokens) - 1) / (ended - first) if len(tokens) > 1 else None
+        first = None
+        for row, token in generate(
+            session,
+            prompts,
+            new_tokens,
+            sampling=sampling,
+            stop=stop_tokens,
+            finished=lambda row: answers[row].stopped,
+        ):
+            if first is None:
+                first = time.perf_counter()
+            answer = answers[row]
+            piece = answer.push(token)
+            if answer.stopped or token in stop_tokens or len(answer.tokens) == new_tokens:
+                printer.end(row, piece + answer.close())
+            elif piece:
+                printer.write(row, piece)
+        seconds = time.perf_counter() - (first or started)
+        # Those of the first step are not timed.
+        later = sum(len(answer.tokens) for answer in answers) - len(answers)
+        rate = later / seconds if later else None
         if as_json:
             typer.echo(
                 json.dumps(
                     {
-                        "text": answer,
-                        "tokens": tokens,
-                        "prompt_tokens": len(ids),
-                        "seconds_to_first_token": first - started,
+                        "answers": [
+                            {
+                                "text": answer.text,
+                                "tokens": answer.tokens,
+                                "prompt_tokens": len(ids),
+                                "finish_reason": (
+                                    "stop" if answer.stopped or answer.tokens[-1] in stop_tokens else "length"
+                                ),
+                            }
+                            for answer, ids in zip(answers, prompts, strict=True)
+                        ],
+                        "seconds_to_first_token": (first or started) - started,
                         "tokens_per_second": rate,
                     }
                 )
             )
-        else:
-            sys.stdout.write("\n")
-            if sys.stderr.isatty() and rate is not None:
-                typer.echo(f"{len(tokens)} tokens, {rate:.1f} tokens/s", err=True)
+        elif sys.stderr.isatty() and rate is not None:
+            typer.echo(f"{later + len(answers)} tokens, {rate:.1f} tokens/s", err=True)
+
+
+def _room(model: Path, prompts: list[list[int]], wanted: int | None) -> int:
+    """Most new tokens: those wanted, if the model's context has room for them beside the longest prompt."""
+    from loracle.export.session import context_length
+
+    lengths = [len(prompt) for prompt in prompts]
+    if 0 in lengths:
+        raise ConfigError(f"--prompt: expected some text, got no token in prompt {lengths.index(0) + 1}")
+    context = context_length(model)
+    if context is None:
+        return wanted or _NEW_TOKENS
+    room = context - max(lengths)
+    if room < (wanted or 1):
+        raise ConfigError(
+            f"--max-new-tokens: expected at most {max(room, 0)} beside a prompt of {max(lengths)} tokens in "
+            f"a context of {context}, got {wanted or _NEW_TOKENS}; shorten the prompt or the answer"
+        )
+    return wanted or min(_NEW_TOKENS, room)
+
+
+class _Printer:
+    """Prints the answers in order: the first that has not ended as it comes, later ones in their turn."""
+
+    def __init__(self, answers: list[AnswerText], *, quiet: bool) -> None:
+        self._answers = answers
+        self._ended = [False] * len(answers)
+        self._row = 0
+        self._quiet = quiet
+        if len(answers) > 1:
+            self._put("[1] ")
+
+    def write(self, row: int, piece: str) -> None:
+        """Print a piece of a row's text now, if it is that row's turn."""
+        if row == self._row:
+            self._put(piece)
+
+    def end(self, row: int, piece: str) -> None:
+        """Print the last piece of a row's text, and go on to the next row where it is that one's turn."""
+        self._ended[row] = True
+        self.write(row, piece)
+        while self._row < len(self._ended) and self._ended[self._row]:
+            self._row += 1
+            self._put("\n")
+            if self._row < len(self._ended):
+                self._put(f"[{self._row + 1}] {self._answers[self._row].text}")
+
+    def _put(self, piece: str) -> None:
+        if not self._quiet:
+            sys.stdout.write(piece)
+            sys.stdout.flush()

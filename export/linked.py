@@ -1,0 +1,226 @@
+"""A deployment of many tasks: each costs only the tensors that its adapter changes.
+
+    DIR/model.onnx, DIR/model.onnx_data        the base model, an ordinary export
+    DIR/french.onnx                            the task `french`: the base's graph
+    DIR/french.<hash>.onnx_data                its merged tensors
+
+A task's graph refers to the base's data file for every tensor that its adapter leaves alone; these bytes
+are compared with the checkpoint's when the task is added. All files lie side by side because onnxruntime,
+onnx and onnx-ir open data in the graph's own folder or below alone: they refuse `..`, absolute paths and
+links that lead out, onnx and onnx-ir hard links too. So each of them opens `DIR/french.onnx` as it is.
+
+A task appears, changes and goes in one step, the rename or removal of its graph. Its data file is there
+before, named by its content (SHA-256), so that no graph ever refers to another's data, whatever is killed
+when. The base and other tasks are not written to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import onnx_ir as ir
+
+from loracle.files import require_space
+from loracle.files.atomic import flush_folder, flush_tree, reported
+from loracle.files.lock import locked
+from loracle.files.partial import partial_folder, remove_abandoned
+from loracle.reference import ConfigError, FileError
+
+from .external import load_graph
+from .matching import WeightSource
+from .names import GRAPH_FILE
+from .template import GraphTemplate
+from .weight_check import compare_tensor
+from .write import BoundTensors, Progress, graph_bytes, lay_out, refer, stored, write_data
+
+_SUFFIX = ".onnx"
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_DATA_FILE = re.compile(r".+\.([0-9a-f]{16})\.onnx_data")
+_MENTIONED = re.compile(rb"\.([0-9a-f]{16})\.onnx_data")
+_UNDER_WAY = "task"
+
+
+def write_linked(
+    template: GraphTemplate,
+    source: WeightSource,
+    deployment: Path,
+    name: str,
+    progress: Progress | None = None,
+    *,
+    replace: bool = False,
+) -> int:
+    """Add the task `name` to a deployment; return the bytes of its graph and data file.
+
+    Args:
+        template: the graph; it is used up.
+        source: the merged weights.
+        deployment: a folder with an exported base model in the template's dtype.
+        name: letters, digits, `.`, `_` and `-`.
+        progress: called with (bytes written, bytes in all), after the comparison with the base.
+        replace: whether a task of this name may be there; its graph is exchanged in one step.
+
+    Raises:
+        ConfigError: `name` cannot be a task's.
+        FileError: the task is there, the base is missing, another model or in another dtype, or the disk has
+            no room. TargetError, ShapeError: `source` is not of the template's model.
+        The deployment is as before then.
+    """
+    graph = _graph_file(deployment, name)
+    _require_new(graph, replace)
+    tensors = BoundTensors(template, source)
+    own, shared = _split(template, tensors, source.merged_names)
+    _share(shared, load_graph(deployment / GRAPH_FILE), deployment, tensors)
+    layout = lay_out(own)
+    under_way = deployment / _UNDER_WAY
+    remove_abandoned(under_way)
+    # the task's graph is as large as the base's
+    require_space(deployment, layout.nbytes + (deployment / GRAPH_FILE).stat().st_size)
+    with reported(graph), partial_folder(under_way) as folder:
+        with open(folder / "data", "xb") as file:
+            hashing = _Hashing(file)
+            write_data(hashing, layout, tensors, progress)
+        data = f"{name}.{hashing.hexdigest()[:16]}.onnx_data"
+        for value in own:
+            refer(value, data, layout.offsets[str(value.name)], deployment)
+        content = graph_bytes(template)
+        (folder / "graph").write_bytes(content)
+        flush_tree(folder)
+        with locked(deployment / GRAPH_FILE):
+            _require_new(graph, replace)
+            try:
+                os.replace(folder / "data", deployment / data)
+                flush_folder(deployment)
+                os.replace(folder / "graph", graph)
+                flush_folder(deployment)
+            finally:
+                _remove_unmentioned(deployment)
+    return layout.nbytes + len(content)
+
+
+def remove_task(deployment: Path, name: str) -> None:
+    """Remove a task from a deployment: its graph in one step, then its data file.
+
+    Raises:
+        ConfigError: `name` cannot be a task's. FileError: there is no such task, or it cannot be removed.
+    """
+    graph = _graph_file(deployment, name)
+    if not graph.is_file():
+        there = ", ".join(task_names(deployment)) or "none"
+        raise FileError(f"{graph}: expected one of the deployment's tasks ({there}), found none")
+    with reported(graph), locked(deployment / GRAPH_FILE):
+        graph.unlink()
+        flush_folder(deployment)
+        _remove_unmentioned(deployment)
+
+
+def task_names(deployment: Path) -> tuple[str, ...]:
+    """The names of a deployment's tasks, sorted."""
+    graphs = deployment.glob(f"*{_SUFFIX}")
+    return tuple(
+        sorted(path.stem for path in graphs if path.name != GRAPH_FILE and _NAME.fullmatch(path.stem))
+    )
+
+
+def linked_bytes(template: GraphTemplate, source: WeightSource) -> int:
+    """The bytes of a task's data file.
+
+    Raises TargetError or ShapeError where `source` is not of the template's model.
+    """
+    own, _ = _split(template, BoundTensors(template, source), source.merged_names)
+    return lay_out(own).nbytes
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` can be a task's."""
+    if not _NAME.fullmatch(name) or (name + _SUFFIX).lower() == GRAPH_FILE:
+        raise ConfigError(
+            f"name: expected letters, digits, '.', '_' and '-' for a task, and not the base's "
+            f"'{GRAPH_FILE.removesuffix(_SUFFIX)}', got {name!r}"
+        )
+
+
+def _graph_file(deployment: Path, name: str) -> Path:
+    check_name(name)
+    return deployment / f"{name}{_SUFFIX}"
+
+
+def _require_new(graph: Path, replace: bool) -> None:
+    if not replace and os.path.lexists(graph):
+        raise FileError(f"{graph}: the deployment has this task; choose another name or remove it")
+
+
+def _split(
+    template: GraphTemplate, tensors: BoundTensors, merged: Collection[str]
+) -> tuple[list[ir.Value], list[ir.Value]]:
+    """The stored initializers that the adapter changes, and the others."""
+    own: list[ir.Value] = []
+    shared: list[ir.Value] = []
+    for value in stored(template):
+        (own if tensors.found.get(str(value.name)) in merged else shared).append(value)
+    return own, shared
+
+
+def _share(shared: Sequence[ir.Value], base: ir.Model, deployment: Path, tensors: BoundTensors) -> None:
+    """Let each of `shared` be what lies in the base's data file, which must be the same bits."""
+    for value in shared:
+        name = str(value.name)
+        held = base.graph.initializers.get(name)
+        tensor = None if held is None else held.const_value
+        if not isinstance(tensor, ir.ExternalTensor):
+            raise _another(deployment, f"expected {name} in its data file, found none")
+        got, expected = tensor.numpy(), tensors.tensor(name)
+        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+            raise _another(
+                deployment,
+                f"{name}: expected shape {expected.shape} in {expected.dtype}, "
+                f"got {got.shape} in {got.dtype}",
+            )
+        difference = compare_tensor(name, got, expected)
+        if difference is not None:
+            raise _another(deployment, str(difference))
+        del got  # it is a view of the mapped file
+        tensor.release()
+        tensors.release(name)
+        refer(value, str(tensor.location), int(tensor.offset or 0), deployment)
+
+
+def _another(deployment: Path, difference: str) -> FileError:
+    return FileError(
+        f"{deployment / GRAPH_FILE}: {difference}; the deployment's base is another model, or in another "
+        "--dtype; choose another --out"
+    )
+
+
+def _remove_unmentioned(deployment: Path) -> None:
+    """Remove the data files of tasks that no graph of the deployment refers to, where that is possible."""
+    with suppress(OSError):
+        mentioned = {
+            found.decode()
+            for path in deployment.glob(f"*{_SUFFIX}")
+            for found in _MENTIONED.findall(path.read_bytes())
+        }
+        for name in os.listdir(deployment):
+            matched = _DATA_FILE.fullmatch(name)
+            if matched and matched[1] not in mentioned:
+                (deployment / name).unlink()
+
+
+class _Hashing:
+    """A file, and the SHA-256 of what is written to it."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+
+    def write(self, data: Any, /) -> int:
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def hexdigest(self) -> str:
+        return self._digest.hexdigest()

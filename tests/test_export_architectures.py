@@ -1,0 +1,39 @@
+"""Every architecture and head that can be exported, merged, against its unmerged self in float64."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from architecture_runs import EXPORTED, REFUSED, run
+from architectures import make
+from architectures_page import rows
+
+from loracle.export import export
+from loracle.reference import ConfigError
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_the_merged_model_answers_within_the_bound_of_the_unmerged(name: str, tmp_path: Path) -> None:
+    """Prefill with padding on either side, then cached steps, where there is a cache. Catches a layer that is
+    not merged, a wrong scale, window, cap, rotation, position, mask or norm."""
+    outcome = run(name, tmp_path)
+    assert outcome.error <= outcome.tolerance
+    assert outcome.effect > 10 * outcome.tolerance
+    model, task, error, bound, fused = rows()[name]
+    assert (model, task, fused) == (outcome.model, outcome.task, ", ".join(outcome.fused))
+    assert float(error) <= float(bound)
+    # The bound is sampled with fixed seeds: only roundings differ from machine to machine.
+    assert outcome.tolerance / 1.2 <= float(bound) <= outcome.tolerance * 1.2
+
+
+def test_the_page_has_every_architecture_once() -> None:
+    assert list(rows()) == EXPORTED
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_exported_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    base = make(tmp_path / "base", name)
+    with pytest.raises(ConfigError, match="cannot be exported yet"):
+        export(base, tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()

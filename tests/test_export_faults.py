@@ -1,0 +1,323 @@
+"""An export is there whole or not at all: killed, on a full or read-only disk, or two at a time."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import onnxruntime
+import pytest
+from export_fixtures import SHAPE, make_adapter, make_model, write_tokenizer
+from killed_exports import run, wait_for
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from loracle.export import export
+
+Content = dict[str, bytes]
+
+
+def content(folder: Path) -> Content:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def partials(folder: Path) -> list[str]:
+    return [path.name for path in folder.iterdir() if path.name.endswith(".partial")]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model and an adapter, `whole` an undisturbed export, which leaves the graph in the cache."""
+    root = tmp_path_factory.mktemp("models")
+    base = make_model(root / "base")
+    make_adapter(root / "adapter", base)
+    export(base, root / "whole", root / "adapter")
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(models: Path) -> Content:
+    onnxruntime.InferenceSession(models / "whole" / "model.onnx", providers=["CPUExecutionProvider"])
+    return content(models / "whole")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `models`, with weights that take a while to write."""
+    root = tmp_path_factory.mktemp("large")
+    (root / "base").mkdir()
+    shape = {**SHAPE, "vocab_size": 20_000, "hidden_size": 256}
+    config = LlamaConfig(**shape, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_config(config).save_pretrained(root / "base")
+    write_tokenizer(root / "base")
+    make_adapter(root / "adapter", root / "base")
+    export(root / "base", root / "whole", root / "adapter")
+    return root
+
+
+def command(models: Path, out: Path) -> list[str]:
+    arguments = ["--model", str(models / "base"), "--adapter", str(models / "adapter"), "--out", str(out)]
+    return [sys.executable, "-m", "loracle.cli", "export", *arguments]
+
+
+@contextmanager
+def started(arguments: list[str]) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def refusal(arguments: list[str]) -> str:
+    """Run a command that must end with exit code 2 and one line, which is returned."""
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    return done.stderr
+
+
+def absent_or_whole(out: Path, whole: Content) -> bool:
+    """Whether `out` is there, with what it must hold then."""
+    if out.exists():
+        assert content(out) == whole
+    return out.exists()
+
+
+def remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        path.unlink()
+    folder.rmdir()
+
+
+def test_killed_before_each_step_it_is_whole_or_absent(tmp_path: Path, models: Path, whole: Content) -> None:
+    out = tmp_path / "out"
+    work = partial(export, models / "base", out, models / "adapter")
+    code, steps = run(tmp_path, work)
+    assert code == 0
+    assert content(out) == whole
+    assert {"os.mkdir", "open", "tensor", "fsync", "os.rename"} == set(steps)
+    remove(out)
+    last = steps.index("os.rename")
+    assert last < len(steps) - 1
+    for step in range(len(steps)):
+        code, done = run(tmp_path, work, kill=step)
+        assert code == -signal.SIGKILL
+        # an export removes what the one before has left, in steps of its own
+        assert absent_or_whole(out, whole) == ("os.rename" in done)
+        assert len(partials(tmp_path)) <= 1
+        if out.exists():
+            remove(out)
+    assert run(tmp_path, work)[0] == 0
+    assert content(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_killed_at_twenty_random_moments_it_is_whole_or_absent(
+    tmp_path: Path, models: Path, whole: Content
+) -> None:
+    out = tmp_path / "out"
+    start = time.monotonic()
+    subprocess.run(command(models, out), capture_output=True, check=True)
+    seconds = time.monotonic() - start
+    rng = random.Random(20)
+    for _ in range(20):
+        if out.exists():
+            remove(out)
+        with started(command(models, out)) as process:
+            time.sleep(rng.uniform(0, seconds))
+            process.kill()
+        absent_or_whole(out, whole)
+        assert len(partials(tmp_path)) <= 1
+    if out.exists():
+        remove(out)
+    subprocess.run(command(models, out), capture_output=True, check=True)
+    assert content(out) == whole
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_of_writing_it_is_whole_or_absent(tmp_path: Path, large: Path) -> None:
+    out, whole = tmp_path / "out", content(large / "whole")
+
+    def writing() -> bool:
+        return bool(partials(tmp_path))
+
+    with started(command(large, out)) as process:
+        wait_for(writing)
+        start = time.monotonic()
+        wait_for(out.exists)
+        seconds = time.monotonic() - start
+        assert process.wait() == 0
+    rng = random.Random(21)
+    absent = 0
+    for _ in range(20):
+        if out.exists():
+            remove(out)
+        left = set(partials(tmp_path))
+        with started(command(large, out)) as process:
+            wait_for(lambda left=left: bool(set(partials(tmp_path)) - left))
+            time.sleep(rng.uniform(0, seconds))
+            process.kill()
+        absent += not absent_or_whole(out, whole)
+        assert len(partials(tmp_path)) <= 1
+    assert absent
+
+
+def test_what_a_living_process_writes_is_left_alone_and_the_first_to_end_wins(
+    tmp_path: Path, large: Path
+) -> None:
+    out, whole = tmp_path / "out", content(large / "whole")
+    with started(command(large, out)) as first:
+        wait_for(lambda: bool(partials(tmp_path)))
+        first.send_signal(signal.SIGSTOP)
+        stopped = partials(tmp_path)
+        assert len(stopped) == 1
+        subprocess.run(command(large, out), capture_output=True, check=True)
+        assert content(out) == whole
+        assert partials(tmp_path) == stopped
+        first.send_signal(signal.SIGCONT)
+        _, error = first.communicate()
+        assert first.returncode == 2
+    assert error == f"error: {out}: exists and is not empty; choose another --out or remove it\n"
+    assert content(out) == whole
+    assert not partials(tmp_path)
+
+
+def test_of_four_exports_at_once_one_succeeds_and_the_others_say_why(
+    tmp_path: Path, models: Path, whole: Content
+) -> None:
+    out = tmp_path / "out"
+    with (
+        started(command(models, out)) as a,
+        started(command(models, out)) as b,
+        started(command(models, out)) as c,
+        started(command(models, out)) as d,
+    ):
+        ended = [(process.communicate()[1], process.returncode) for process in (a, b, c, d)]
+    assert sorted(code for _, code in ended) == [0, 2, 2, 2]
+    message = f"error: {out}: exists and is not empty; choose another --out or remove it\n"
+    assert all(error == message for error, code in ended if code == 2)
+    assert content(out) == whole
+    assert not partials(tmp_path)
+
+
+MOUNTING = ["unshare", "--map-root-user", "--mount", "--", "sh", "-c"]
+
+
+@pytest.fixture(scope="module")
+def may_mount() -> None:
+    """Skips where a process cannot have a file system of its own."""
+    try:
+        tried = subprocess.run([*MOUNTING, "mount -t tmpfs none /mnt"], capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no unshare command")
+    if tried.returncode:
+        pytest.skip(f"mounting is not permitted: {tried.stderr.decode().strip()}")
+
+
+def mounted(folder: Path, options: str, arguments: list[str], before: str = "") -> list[str]:
+    """A command on a file system of its own at `folder`; what is there afterwards is printed at the end."""
+    script = (
+        f'mount -t tmpfs -o {options} none "$0" || exit 99; {before}"$@"; code=$?; ls -A "$0"; exit $code'
+    )
+    return [*MOUNTING, script, str(folder), *arguments]
+
+
+@pytest.mark.usefixtures("may_mount")
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    tmp_path: Path, models: Path, whole: Content
+) -> None:
+    arguments = mounted(tmp_path, "size=128k", command(models, tmp_path / "out"))
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    needed = sum(len(data) for name, data in whole.items() if name != "genai_config.json")
+    assert done.stderr == (
+        f"error: {tmp_path}: expected {needed} bytes free, got {128 << 10}; "
+        "free some space or choose another --out; nothing was written\n"
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+
+
+FILLING = """
+import os, sys
+from loracle.cli import main
+from loracle.export import write
+write_array, tensors = write.write_array, []
+def filling(sink, array):
+    tensors.append(array)
+    if len(tensors) == 3:
+        with open(os.path.join(os.path.dirname(sys.argv[-1]), "filler"), "wb", 0) as filler:
+            try:
+                while True:
+                    filler.write(bytes(4096))
+            except OSError:
+                pass
+    write_array(sink, array)
+write.write_array = filling
+main()
+"""
+
+
+@pytest.mark.usefixtures("may_mount")
+def test_a_disk_that_fills_up_meanwhile_leaves_nothing(tmp_path: Path, models: Path) -> None:
+    out = tmp_path / "out"
+    python, _, _, *options = command(models, out)
+    arguments = mounted(tmp_path, "size=1m", [python, "-c", FILLING, *options])
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.stderr == (
+        f"error: {out}: disk full (No space left on device); free some space, nothing was written\n"
+    )
+    assert (done.returncode, done.stdout) == (2, "filler\n")
+
+
+def test_a_file_that_may_not_grow_leaves_nothing(tmp_path: Path, models: Path) -> None:
+    out = tmp_path / "out"
+    error = refusal(["sh", "-c", 'ulimit -f 200; exec "$@"', "sh", *command(models, out)])
+    assert error == f"error: {out}: disk full (File too large); free some space, nothing was written\n"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("may_mount")
+def test_a_read_only_disk_is_named_and_what_is_there_stays(tmp_path: Path, models: Path) -> None:
+    before = 'mkdir "$0/old" && touch "$0/old/model.onnx" && mount -o remount,ro "$0" || exit 99; '
+    for name, words in (("new", "cannot be written (Read-only file system "), ("old", "is not empty")):
+        arguments = mounted(tmp_path, "size=1m", command(models, tmp_path / name), before)
+        done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        assert done.stderr.startswith(f"error: {tmp_path / name}: ")
+        assert words in done.stderr
+        assert (done.returncode, done.stdout) == (2, "old\n")
+
+
+def test_a_folder_without_permission_is_named(tmp_path: Path, models: Path) -> None:
+    parent = tmp_path / "parent"
+    parent.mkdir(mode=0o555)
+    arguments = command(models, parent / "out")
+    if os.geteuid() == 0:  # permissions bind root only without this capability
+        without = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override", "--"]
+        try:
+            subprocess.run([*without, "true"], capture_output=True, check=True)
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            pytest.skip(f"root's permissions cannot be taken away: {error}")
+        arguments = [*without, *arguments]
+    assert "cannot be written (Permission denied" in refusal(arguments)
+    assert not list(parent.iterdir())
+
+
+@pytest.mark.usefixtures("may_mount")
+def test_a_mount_point_is_refused_with_a_folder_in_it_as_the_remedy(tmp_path: Path, models: Path) -> None:
+    message = (
+        f"error: {tmp_path}: a mount point, which cannot get its content in one step; "
+        f"choose a folder in it, such as {tmp_path / 'model'}\n"
+    )
+    done = subprocess.run(
+        mounted(tmp_path, "size=1m", command(models, tmp_path)), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+    bound = [*MOUNTING, 'mount --bind "$0" "$0" && exec "$@"', str(tmp_path), *command(models, tmp_path)]
+    assert refusal(bound) == message
+    assert not list(tmp_path.iterdir())
