@@ -21,9 +21,9 @@ from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError
 
 from .architecture import check_supported
-from .genai_config import FILE, genai_config
+from .genai_config import genai_config
 from .linked import check_name, linked_bytes, write_linked
-from .names import GRAPH_FILE
+from .names import GENAI_FILE, GRAPH_FILE
 from .tasks import Task
 from .template import DecoderShape, GraphTemplate, cached
 from .write import Progress, write_model
@@ -62,7 +62,7 @@ def _write_genai_config(checkpoint: Checkpoint, shape: DecoderShape, folder: Pat
     path = checkpoint.dir / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
     described = genai_config(shape, checkpoint.config, generation)
-    (folder / FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    (folder / GENAI_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
 def _check_form(form: str, name: str | None, adapter_dir: str | Path | None) -> None:

@@ -8,8 +8,6 @@ from typing import Any
 from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS
 from .template import DecoderShape
 
-FILE = "genai_config.json"
-
 
 def genai_config(
     shape: DecoderShape, config: Mapping[str, Any], generation: Mapping[str, Any]

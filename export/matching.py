@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from loracle.files.architectures import Architecture
+from loracle.files.tensor_names import TensorNames
 from loracle.reference import ShapeError, TargetError
 
 from .template import GraphTemplate
@@ -38,10 +40,12 @@ def names_in_checkpoint(template: GraphTemplate, source: WeightSource) -> dict[s
     Raises TargetError or ShapeError, naming the tensor, before anything is written.
     """
     known = {alias for group in template.aliases.values() for alias in group}
-    everything = known.union(template.unused)
+    architecture = Architecture(template.prefix, renames=template.renames)
+    # The other way round: the model's names, found by those of the checkpoint.
+    model = TensorNames(known.union(template.unused), architecture)
     held: dict[str, str] = {}
     for name in source.names:
-        alias = model_name(template, name, everything)
+        alias = model.find(name)
         if alias is not None:
             if alias in held:
                 raise TargetError(
@@ -62,18 +66,6 @@ def names_in_checkpoint(template: GraphTemplate, source: WeightSource) -> dict[s
                 "train an adapter for what is exported"
             )
     return {weight: _checkpoint_name(template, weight, held, source) for weight in template.aliases}
-
-
-def model_name(template: GraphTemplate, name: str, known: Collection[str]) -> str | None:
-    """Return the model's name of a tensor that a checkpoint calls `name`, one of `known`, or None."""
-    renamed = name
-    for pattern, target in template.renames:
-        renamed = re.sub(pattern, target, renamed)
-    prefix = f"{template.prefix}."
-    for candidate in (name, renamed, prefix + renamed, renamed.removeprefix(prefix)):
-        if candidate in known:
-            return candidate
-    return None
 
 
 def _checkpoint_name(template: GraphTemplate, weight: str, held: dict[str, str], source: WeightSource) -> str:

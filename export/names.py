@@ -6,6 +6,7 @@ from __future__ import annotations
 
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
+GENAI_FILE = "genai_config.json"
 ENCODER_FILE = "encoder_model.onnx"
 DECODER_FILE = "decoder_model.onnx"
 DECODER_WITH_PAST_FILE = "decoder_with_past_model.onnx"

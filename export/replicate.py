@@ -24,7 +24,7 @@ from .tasks import Task
 from .template import GraphTemplate
 from .tidy import name_values
 from .trace import torch_dtype, trace_model, trace_seq2seq_model
-from .weightless import build_weightless
+from .weightless import WeightlessModel, build_weightless
 
 
 def trace_replicated(model_dir: Path, task: Task, dtype: np.dtype[Any]) -> GraphTemplate | None:
@@ -33,34 +33,38 @@ def trace_replicated(model_dir: Path, task: Task, dtype: np.dtype[Any]) -> Graph
     Args and errors: see `trace`. Returns what `trace` does, node for node; None where it is not certain that
     all layers are like the traced ones.
     """
-    weightless = build_weightless(model_dir, task, torch_dtype(dtype))
-    stacks = find_stacks(weightless)
-    if not stacks:
-        return None
-    few, computed = keep_layers(weightless, stacks)
-    try:
-        template = trace_model(few, task, dtype)
-    except OnnxExporterError:  # layers that refer to one another by number do not run without the others
-        return None
-    return None if computed else replicate(template, stacks, weightless.aliases)
+    whole = _replicated(model_dir, task, dtype, lambda few: {"": trace_model(few, task, dtype)})
+    return None if whole is None else whole[""]
 
 
 def trace_seq2seq_replicated(
     model_dir: Path, task: Task, dtype: np.dtype[Any]
 ) -> dict[str, GraphTemplate] | None:
     """Do as `trace_replicated` for all graphs of `trace_seq2seq`; None where one of them cannot be had so."""
+    return _replicated(model_dir, task, dtype, lambda few: trace_seq2seq_model(few, dtype))
+
+
+def _replicated(
+    model_dir: Path,
+    task: Task,
+    dtype: np.dtype[Any],
+    traced: Callable[[WeightlessModel], dict[str, GraphTemplate]],
+) -> dict[str, GraphTemplate] | None:
+    """Return whole graphs for those that `traced` makes of the model with few layers; None if one fails."""
     weightless = build_weightless(model_dir, task, torch_dtype(dtype))
     stacks = find_stacks(weightless)
     if not stacks:
         return None
     few, computed = keep_layers(weightless, stacks)
     try:
-        templates = trace_seq2seq_model(few, dtype)
-    except OnnxExporterError:
+        templates = traced(few)
+    except OnnxExporterError:  # layers that refer to one another by number do not run without the others
+        return None
+    if computed:
         return None
     whole = {file: replicate(template, stacks, weightless.aliases) for file, template in templates.items()}
     found = {file: template for file, template in whole.items() if template is not None}
-    return None if computed or len(found) < len(whole) else found
+    return None if len(found) < len(whole) else found
 
 
 def replicate(

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from .stack import Stack, layer_of, renumber
+from .wrappers import HELD
 
 PORT = re.compile(r"(past_key_values|present)\.(\d+)\.(.+)")
-_TRACED = "model."  # before the names of buffers: the traced module holds the model under this name
 
 
 class IrregularError(Exception):
@@ -72,7 +72,7 @@ class Samples:
         return name.removesuffix(plain) + renumber(self.stack.path, plain, layer)
 
     def _plain(self, name: str) -> str:
-        return name.removeprefix(_TRACED) if name.startswith(f"{_TRACED}{self.stack.path}.") else name
+        return name.removeprefix(HELD) if name.startswith(f"{HELD}{self.stack.path}.") else name
 
     def _cut(self) -> tuple[list[ir.Node], list[Segment], list[ir.Node]]:
         """The nodes before the layers, each layer's, and those after.

@@ -15,7 +15,16 @@ import onnxruntime
 from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, DataError, FileError, ShapeError
 
-from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS, LOGITS_TO_KEEP, past_names, present_names
+from .names import (
+    ATTENTION_MASK,
+    GENAI_FILE,
+    GRAPH_FILE,
+    INPUT_IDS,
+    LOGITS,
+    LOGITS_TO_KEEP,
+    past_names,
+    present_names,
+)
 
 Array = np.ndarray[Any, Any]
 
@@ -56,7 +65,7 @@ def context_length(folder: str | Path) -> int | None:
 
     Raises FileError where the entry is no positive integer.
     """
-    path = Path(folder) / "genai_config.json"
+    path = Path(folder) / GENAI_FILE
     if not path.is_file():
         return None
     model = read_json_object(path).get("model")

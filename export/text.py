@@ -18,10 +18,11 @@ from tokenizers import Tokenizer
 from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, FileError
 
+from .names import GENAI_FILE
 from .streaming import AnswerText, StopFilter
 
 # Files that name the end tokens, and the section where they do.
-_END_TOKENS = (("generation_config.json", None), ("genai_config.json", "model"), ("config.json", None))
+_END_TOKENS = (("generation_config.json", None), (GENAI_FILE, "model"), ("config.json", None))
 
 
 class TextModel:

@@ -22,11 +22,10 @@ from .tasks import Task
 from .template import GraphTemplate
 from .tidy import name_dimensions, name_values, tidy
 from .weightless import WeightlessModel, build_weightless
-from .wrappers import Traced, decoder, encoder
+from .wrappers import HELD, Traced, decoder, encoder
 
 OPSET = 20
 _TORCH_DTYPE = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}
-_PREFIX = "model."
 
 
 @contextmanager
@@ -131,7 +130,7 @@ def _name_weights(
     initializers = model.graph.initializers
     found: dict[str, tuple[str, ...]] = {}
     for traced in list(initializers):
-        name = first.get(traced.removeprefix(_PREFIX)) if traced.startswith(_PREFIX) else None
+        name = first.get(traced.removeprefix(HELD)) if traced.startswith(HELD) else None
         if name is None:
             continue
         value = initializers.pop(traced)

@@ -34,6 +34,9 @@ from .template import DecoderShape
 
 Shape = list[int | str]
 
+HELD = "model."
+"""What names begin with in a trace: the traced module holds the model under this name."""
+
 _HEAD_SIZES = 8
 
 
