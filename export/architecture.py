@@ -24,11 +24,6 @@ def check_supported(config: Mapping[str, Any], source: str) -> Task:
             "convert it to a class of transformers"
         )
     task = task_of(config, source)
-    if task.encoded:
-        raise ConfigError(
-            f"{source}: architectures: expected a model with an encoder or a decoder alone, got "
-            f"{config['architectures'][0]}, which has both; it cannot be exported yet"
-        )
     for key in _EXPERTS:
         if config.get(key):
             raise ConfigError(

@@ -1,7 +1,8 @@
-"""Open somebody's exported folder for inspection: the graph parsed, its tensors mapped, nothing trusted."""
+"""Somebody's exported folder, opened for inspection: graphs parsed, tensors mapped, nothing trusted."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,39 +12,65 @@ import onnx_ir as ir
 
 from loracle.reference import FileError
 
-from .exporter import DTYPES
 from .external import load_graph
-from .names import GRAPH_FILE, LOGITS
+from .names import GRAPH_FILE, GRAPH_SUFFIX
+from .options import GraphOptions, noted_options
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A parsed `model.onnx` whose external tensors lie inside `folder`."""
+    """Parsed graphs, whose external tensors lie inside `folder`.
+
+    Attributes:
+        models: by the names that the files of an exported model have.
+        graph: the first of their files.
+        options: what they say they were made with.
+    """
 
     folder: Path
-    model: ir.Model
-    dtype: np.dtype[Any]
+    models: Mapping[str, ir.Model]
+    graph: Path
+    options: GraphOptions
 
-    def tensor(self, name: str) -> np.ndarray[Any, Any]:
-        """The initializer `name`, mapped from the data file."""
-        value = self.model.graph.initializers[name].const_value
-        assert value is not None
-        array: np.ndarray[Any, Any] = value.numpy()
+    def initializer(self, name: str) -> ir.Value | None:
+        """The initializer of a name, of the first graph that has it."""
+        found = (model.graph.initializers.get(name) for model in self.models.values())
+        return next((value for value in found if value is not None), None)
+
+    def tensor(self, name: str) -> np.ndarray[Any, Any] | None:
+        """The initializer's tensor, mapped from the data file; None where there is none."""
+        value = self.initializer(name)
+        if value is None or value.const_value is None:
+            return None
+        array: np.ndarray[Any, Any] = value.const_value.numpy()
         return array
 
 
-def open_candidate(folder: str | Path) -> Candidate:
-    """Parse `folder/model.onnx`.
+def is_exported(path: Path) -> bool:
+    """Whether `path` is an exported folder, or one graph of a deployment with several tasks."""
+    return path.suffix == GRAPH_SUFFIX or any(path.glob(f"*{GRAPH_SUFFIX}"))
 
-    Raises FileError: the file is missing or no ONNX model, a tensor's data lie outside the folder or do not
-    fit their file, or the model has no `logits` of a supported type.
+
+def open_candidate(path: Path, files: Sequence[str]) -> Candidate:
+    """Parse the graphs of a model.
+
+    Args:
+        path: folder of an exported model; or the graph of a task, for a model with one graph.
+        files: the names that an exported model's graphs have.
+
+    Raises FileError: a file is missing or no ONNX model, a tensor's data lie outside the folder or do not
+    fit their file, or the graphs do not say how they were made, or were made in different ways.
     """
-    folder = Path(folder)
-    path = folder / GRAPH_FILE
-    model = load_graph(path)
-    logits = next((value for value in model.graph.outputs if value.name == LOGITS), None)
-    types = {ir.DataType.FLOAT: DTYPES["fp32"], ir.DataType.FLOAT16: DTYPES["fp16"]}
-    if logits is None or logits.dtype not in types:
-        got = "none" if logits is None else str(logits.dtype)
-        raise FileError(f"{path}: expected an output {LOGITS} in float32 or float16, got {got}")
-    return Candidate(folder, model, types[logits.dtype])
+    if path.suffix == GRAPH_SUFFIX:
+        if tuple(files) != (GRAPH_FILE,):
+            raise FileError(f"{path}: expected the folder of a model with several graphs, got one of them")
+        graphs = {GRAPH_FILE: path}
+    else:
+        graphs = {file: path / file for file in files}
+    models = {file: load_graph(graph) for file, graph in graphs.items()}
+    options = {file: noted_options(model, str(graphs[file])) for file, model in models.items()}
+    first = next(iter(files))
+    for file, own in options.items():
+        if own != options[first]:
+            raise FileError(f"{graphs[file]}: expected to be made with {options[first]}, got {own}")
+    return Candidate(graphs[first].parent, models, graphs[first], options[first])

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from loracle.files import (
     Checkpoint,
@@ -18,17 +17,20 @@ from loracle.files import (
     sidecar_bytes,
 )
 from loracle.files.json_file import read_json_object
+from loracle.files.sidecar import CONFIG_FILE, config_bytes
 from loracle.reference import ConfigError
 
 from .architecture import check_supported
+from .external import load_graph
 from .genai_config import genai_config
+from .graphs import graph_template, graph_templates
 from .linked import check_name, linked_bytes, write_linked
 from .names import GENAI_FILE, GRAPH_FILE
+from .options import GraphOptions, noted_options
 from .tasks import Task
-from .template import DecoderShape, GraphTemplate, cached
-from .write import Progress, write_model
+from .template import DecoderShape, GraphTemplate
+from .write import Progress, write_models
 
-DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 FORMS = ("baked", "linked")
 
 
@@ -44,18 +46,16 @@ class ExportSummary:
     merged_names: tuple[str, ...]
 
 
-def graph_template(checkpoint: Checkpoint, task: Task, dtype: np.dtype[Any]) -> GraphTemplate:
-    """The weightless graph of `checkpoint`'s architecture for a task, from the cache or freshly traced."""
-
-    def make() -> GraphTemplate:
-        # torch and transformers are needed only where the cache has nothing
-        from .replicate import trace_replicated
-        from .trace import trace
-
-        replicated = trace_replicated(checkpoint.dir, task, dtype)
-        return trace(checkpoint.dir, task, dtype) if replicated is None else replicated
-
-    return cached(checkpoint.config, dtype, make)
+def _write_descriptions(
+    checkpoint: Checkpoint, config: Mapping[str, Any], shape: DecoderShape | None, folder: Path
+) -> None:
+    """Write what lies beside the graph: configuration, tokenizer, and for a decoder `genai_config.json`."""
+    changed = config != checkpoint.config
+    copy_sidecars(checkpoint.dir, folder, exclude=(CONFIG_FILE,) if changed else ())
+    if changed:
+        (folder / CONFIG_FILE).write_bytes(config_bytes({**config}))
+    if shape is not None:
+        _write_genai_config(checkpoint, shape, folder)
 
 
 def _write_genai_config(checkpoint: Checkpoint, shape: DecoderShape, folder: Path) -> None:
@@ -66,6 +66,7 @@ def _write_genai_config(checkpoint: Checkpoint, shape: DecoderShape, folder: Pat
 
 
 def _check_form(form: str, name: str | None, adapter_dir: str | Path | None) -> None:
+    """Raise ConfigError unless form, name and adapter go together."""
     if form not in FORMS:
         raise ConfigError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     if form == "baked":
@@ -105,33 +106,56 @@ def export(
     Raises:
         LoracleError: what is wrong with the input, in one line; nothing is written then.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {dtype!r}")
     _check_form(form, name, adapter_dir)
+    # A linked task owns what its adapter changes: rows of other weights beside it would be its own too.
+    options = GraphOptions(dtype, packed=form == "baked")
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
         weights = MergedWeights(checkpoint, adapter)
-        task = check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
-        if name is not None and Path(out_dir, GRAPH_FILE).exists():
-            template = graph_template(checkpoint, task, DTYPES[dtype])
-            nodes = len(list(template.model.graph))
+        config = weights.config
+        task = check_supported(config, str(Path(model_dir) / CONFIG_FILE))
+        if name is not None:
+            _check_linked(weights, task, name)
+        merged = tuple(weights.merged_names)
+        base = Path(out_dir, GRAPH_FILE)
+        if name is not None and base.exists():
+            options = replace(noted_options(load_graph(base), str(base)), dtype=dtype)
+            template = graph_template(checkpoint, config, task, options)
+            nodes, tensors = _counts([template])
             size = write_linked(template, weights, Path(out_dir), name, progress)
-        else:
-            with output_folder(out_dir) as folder:
-                template = graph_template(checkpoint, task, DTYPES[dtype])
-                nodes = len(list(template.model.graph))
-                beside = sidecar_bytes(checkpoint.dir)
-                source = weights
-                if name is not None:
-                    beside += linked_bytes(template, weights)
-                    source = MergedWeights(checkpoint, None)
-                size = write_model(template, source, folder, progress, beside=beside)
-                copy_sidecars(checkpoint.dir, folder)
-                if template.decoder is not None:
-                    _write_genai_config(checkpoint, template.decoder, folder)
-                if name is not None:
-                    template = graph_template(checkpoint, task, DTYPES[dtype])
-                    size += write_linked(template, weights, folder, name, progress)
-        return ExportSummary(
-            Path(out_dir), dtype, size, nodes, len(template.aliases), tuple(weights.merged_names)
+            return ExportSummary(Path(out_dir), dtype, size, nodes, tensors, merged)
+        with output_folder(out_dir) as folder:
+            templates = graph_templates(checkpoint, config, task, options)
+            nodes, tensors = _counts(templates.values())
+            beside = sidecar_bytes(checkpoint.dir)
+            shape = next(iter(templates.values())).decoder
+            if name is None:
+                size = write_models(templates, weights, folder, progress, beside=beside)
+            else:
+                beside += linked_bytes(templates[GRAPH_FILE], weights)
+                size = write_models(
+                    templates, MergedWeights(checkpoint, None), folder, progress, beside=beside
+                )
+                template = graph_template(checkpoint, config, task, options)
+                size += write_linked(template, weights, folder, name, progress)
+            _write_descriptions(checkpoint, config, shape, folder)
+        return ExportSummary(Path(out_dir), dtype, size, nodes, tensors, merged)
+
+
+def _check_linked(weights: MergedWeights, task: Task, name: str) -> None:
+    """Raise ConfigError where the base has not the task's graph."""
+    if task.encoded:
+        raise ConfigError(f"form: expected baked for a model with encoder and decoder, got linked for {name}")
+    if weights.config != weights.checkpoint.config:
+        raise ConfigError(
+            f"form: expected baked for an adapter that brings the model's head, got linked for {name}"
         )
+
+
+def _counts(templates: Iterable[GraphTemplate]) -> tuple[int, int]:
+    """Return how many nodes the graphs have, and how many weights."""
+    every = list(templates)
+    return (
+        sum(len(list(template.model.graph)) for template in every),
+        len({weight for template in every for weight in template.aliases}),
+    )

@@ -34,12 +34,11 @@ from loracle.reference import ConfigError, FileError
 
 from .external import load_graph
 from .matching import WeightSource
-from .names import GRAPH_FILE
+from .names import GRAPH_FILE, GRAPH_SUFFIX
 from .template import GraphTemplate
 from .weight_check import compare_tensor
 from .write import BoundTensors, Progress, graph_bytes, lay_out, refer, stored, write_data
 
-_SUFFIX = ".onnx"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DATA_FILE = re.compile(r".+\.([0-9a-f]{16})\.onnx_data")
 _MENTIONED = re.compile(rb"\.([0-9a-f]{16})\.onnx_data")
@@ -73,7 +72,7 @@ def write_linked(
     """
     graph = _graph_file(deployment, name)
     _require_new(graph, replace)
-    tensors = BoundTensors(template, source)
+    tensors = BoundTensors([template], source)
     own, shared = _split(template, tensors, source.merged_names)
     _share(shared, load_graph(deployment / GRAPH_FILE), deployment, tensors)
     layout = lay_out(own)
@@ -121,7 +120,7 @@ def remove_task(deployment: Path, name: str) -> None:
 
 def task_names(deployment: Path) -> tuple[str, ...]:
     """The names of a deployment's tasks, sorted."""
-    graphs = deployment.glob(f"*{_SUFFIX}")
+    graphs = deployment.glob(f"*{GRAPH_SUFFIX}")
     return tuple(
         sorted(path.stem for path in graphs if path.name != GRAPH_FILE and _NAME.fullmatch(path.stem))
     )
@@ -132,22 +131,22 @@ def linked_bytes(template: GraphTemplate, source: WeightSource) -> int:
 
     Raises TargetError or ShapeError where `source` is not of the template's model.
     """
-    own, _ = _split(template, BoundTensors(template, source), source.merged_names)
+    own, _ = _split(template, BoundTensors([template], source), source.merged_names)
     return lay_out(own).nbytes
 
 
 def check_name(name: str) -> None:
     """Raise ConfigError unless `name` can be a task's."""
-    if not _NAME.fullmatch(name) or (name + _SUFFIX).lower() == GRAPH_FILE:
+    if not _NAME.fullmatch(name) or (name + GRAPH_SUFFIX).lower() == GRAPH_FILE:
         raise ConfigError(
             f"name: expected letters, digits, '.', '_' and '-' for a task, and not the base's "
-            f"'{GRAPH_FILE.removesuffix(_SUFFIX)}', got {name!r}"
+            f"'{GRAPH_FILE.removesuffix(GRAPH_SUFFIX)}', got {name!r}"
         )
 
 
 def _graph_file(deployment: Path, name: str) -> Path:
     check_name(name)
-    return deployment / f"{name}{_SUFFIX}"
+    return deployment / f"{name}{GRAPH_SUFFIX}"
 
 
 def _require_new(graph: Path, replace: bool) -> None:
@@ -162,7 +161,8 @@ def _split(
     own: list[ir.Value] = []
     shared: list[ir.Value] = []
     for value in stored(template):
-        (own if tensors.found.get(str(value.name)) in merged else shared).append(value)
+        changed = any(tensors.found[weight] in merged for weight in tensors.weights(str(value.name)))
+        (own if changed else shared).append(value)
     return own, shared
 
 
@@ -202,7 +202,7 @@ def _remove_unmentioned(deployment: Path) -> None:
     with suppress(OSError):
         mentioned = {
             found.decode()
-            for path in deployment.glob(f"*{_SUFFIX}")
+            for path in deployment.glob(f"*{GRAPH_SUFFIX}")
             for found in _MENTIONED.findall(path.read_bytes())
         }
         for name in os.listdir(deployment):

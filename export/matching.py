@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,18 +31,23 @@ class WeightSource(Protocol):
     def release(self, name: str) -> None: ...
 
 
-def names_in_checkpoint(template: GraphTemplate, source: WeightSource) -> dict[str, str]:
-    """For each weight of the graph its name in `source`, whose tensors must all be the model's; those that an
-    adapter changes must be used.
+def names_in_checkpoint(templates: Sequence[GraphTemplate], source: WeightSource) -> dict[str, str]:
+    """For each weight of the graphs its name in `source`, whose tensors must all be the model's; those that
+    an adapter changes must be used.
 
     A checkpoint may use names of an older layout, and have or lack the prefix of the model without its head.
 
+    Args:
+        templates: the graphs of one model.
+
     Raises TargetError or ShapeError, naming the tensor, before anything is written.
     """
-    known = {alias for group in template.aliases.values() for alias in group}
-    architecture = Architecture(template.prefix, renames=template.renames)
+    weights = {weight: template for template in templates for weight in template.aliases}
+    known = {alias for weight, template in weights.items() for alias in template.aliases[weight]}
+    architecture = Architecture(templates[0].prefix, renames=templates[0].renames)
     # The other way round: the model's names, found by those of the checkpoint.
-    model = TensorNames(known.union(template.unused), architecture)
+    model = TensorNames(known.union(*(template.unused for template in templates)), architecture)
+    ignored = [pattern for template in templates for pattern in template.ignored]
     held: dict[str, str] = {}
     for name in source.names:
         alias = model.find(name)
@@ -53,7 +58,7 @@ def names_in_checkpoint(template: GraphTemplate, source: WeightSource) -> dict[s
                     "save the model again with transformers"
                 )
             held[alias] = name
-        elif not any(re.search(pattern, name) for pattern in template.ignored):
+        elif not any(re.search(pattern, name) for pattern in ignored):
             raise TargetError(
                 f"{name}: in the checkpoint, but the graph has no such weight; "
                 "config.json and the weights belong to different models"
@@ -65,7 +70,7 @@ def names_in_checkpoint(template: GraphTemplate, source: WeightSource) -> dict[s
                 f"{name}: the adapter changes it, but no output of the graph depends on it; "
                 "train an adapter for what is exported"
             )
-    return {weight: _checkpoint_name(template, weight, held, source) for weight in template.aliases}
+    return {weight: _checkpoint_name(template, weight, held, source) for weight, template in weights.items()}
 
 
 def _checkpoint_name(template: GraphTemplate, weight: str, held: dict[str, str], source: WeightSource) -> str:
@@ -75,13 +80,11 @@ def _checkpoint_name(template: GraphTemplate, weight: str, held: dict[str, str],
             f"{weight}: expected in the checkpoint, found none of {', '.join(template.aliases[weight])}; "
             "config.json and the weights belong to different models"
         )
-    expected = template.model.graph.initializers[weight].shape
-    assert expected is not None
+    expected = template.shape(weight)
     for name in names:
-        if tuple(source.shape(name)) != tuple(expected.numpy()):
+        if tuple(source.shape(name)) != expected:
             raise ShapeError(
-                f"{name}: expected shape {tuple(expected.numpy())} as config.json has it, "
-                f"got {source.shape(name)}"
+                f"{name}: expected shape {expected} as config.json has it, got {source.shape(name)}"
             )
     first, *others = names
     for other in others:

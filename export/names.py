@@ -4,6 +4,7 @@ transformers.js accept as well. There is no `position_ids`: the attention operat
 
 from __future__ import annotations
 
+GRAPH_SUFFIX = ".onnx"
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
 GENAI_FILE = "genai_config.json"

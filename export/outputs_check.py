@@ -74,13 +74,15 @@ def check_outputs(
     """Run every prompt through onnxruntime and through the float64 model, and compare."""
     from .truth import Float64Model
 
-    session = open_session(candidate.folder)
+    session = open_session(candidate.graph)
     runs = [
         generate_with_logits(DecoderSession(session, len(prompt) + new_tokens), prompt, new_tokens)
         for prompt in prompts
     ]
     del session
-    truths = Float64Model(model_dir, adapter).evaluate([run.ids[:-1] for run in runs], candidate.dtype)
+    truths = Float64Model(model_dir, adapter).evaluate(
+        [run.ids[:-1] for run in runs], candidate.options.numpy_dtype
+    )
     error = tolerance = worst = 0.0
     outside: list[str] = []
     tokens: list[str] = []

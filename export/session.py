@@ -19,6 +19,7 @@ from .names import (
     ATTENTION_MASK,
     GENAI_FILE,
     GRAPH_FILE,
+    GRAPH_SUFFIX,
     INPUT_IDS,
     LOGITS,
     LOGITS_TO_KEEP,
@@ -37,12 +38,18 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 _COLUMNS = 128
 
 
-def open_session(folder: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An onnxruntime session over `folder/model.onnx`; CUDA where the installed onnxruntime has it.
+def open_session(model: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An onnxruntime session over a graph; CUDA where the installed onnxruntime has it.
 
-    Raises FileError where the folder holds no model or onnxruntime refuses it.
+    Args:
+        model: an exported folder, or one of its graphs.
+        threads: onnxruntime's threads; 0 leaves the choice to it.
+
+    Raises FileError where there is no graph or onnxruntime refuses it.
     """
-    path = Path(folder) / GRAPH_FILE
+    path = Path(model)
+    if path.suffix != GRAPH_SUFFIX:
+        path = path / GRAPH_FILE
     if not path.is_file():
         raise FileError(f"{path}: expected an exported model, found none; make one with `loracle export`")
     options = onnxruntime.SessionOptions()

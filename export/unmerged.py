@@ -15,9 +15,11 @@ from loracle.files import Adapter, Checkpoint, MergedWeights, copy_sidecars, out
 from loracle.reference import TargetError
 
 from .architecture import check_supported
-from .exporter import DTYPES, graph_template
+from .graphs import graph_template
+from .names import GRAPH_FILE
+from .options import GraphOptions
 from .template import GraphTemplate
-from .write import write_model
+from .write import write_models
 
 _DOMAIN = "com.microsoft"
 
@@ -77,12 +79,13 @@ def export_unmerged(
     model_dir: str | Path, adapter_dir: str | Path, out_dir: str | Path, *, dtype: str = "fp32"
 ) -> None:
     """Write the base model with the adapter beside its weights, unmerged, as an ONNX folder."""
+    options = GraphOptions(dtype, packed=False)
     with Checkpoint(model_dir) as checkpoint:
         adapter = read_adapter(adapter_dir)
         MergedWeights(checkpoint, adapter)  # refuses an adapter of another model
         task = check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
         with output_folder(out_dir) as folder:
-            template = graph_template(checkpoint, task, DTYPES[dtype])
+            template = graph_template(checkpoint, checkpoint.config, task, options)
             add_adapter(template, adapter)
-            write_model(template, MergedWeights(checkpoint, None), folder)
+            write_models({GRAPH_FILE: template}, MergedWeights(checkpoint, None), folder)
             copy_sidecars(checkpoint.dir, folder)

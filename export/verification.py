@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from loracle.files import Checkpoint, MergedWeights, read_adapter
+from loracle.files.sidecar import CONFIG_FILE
 from loracle.reference import FileError
 
 from .architecture import check_supported
-from .candidate import Candidate, open_candidate
-from .exporter import graph_template
+from .candidate import Candidate, is_exported, open_candidate
 from .graph_diff import first_difference
-from .matching import names_in_checkpoint
+from .graphs import graph_files, graph_templates
 from .names import GRAPH_FILE
 from .outputs_check import check_outputs
 from .report import Check, VerifyReport
 from .template import GraphTemplate
 from .text import TextModel
 from .weight_check import TensorDifference, compare_tensors
-from .write import Progress
+from .write import BoundTensors, Progress
 
 PROMPTS = (
     "The capital of France is",
@@ -54,16 +57,17 @@ def verify(
         weights = MergedWeights(checkpoint, adapter)
         error: float | None = None
         tolerance: float | None = None
-        if (candidate_dir / GRAPH_FILE).is_file():
-            task = check_supported(checkpoint.config, str(Path(model_dir) / "config.json"))
-            candidate = open_candidate(candidate_dir)
-            template = graph_template(checkpoint, task, candidate.dtype)
+        if is_exported(candidate_dir):
+            config = weights.config
+            task = check_supported(config, str(Path(model_dir) / CONFIG_FILE))
+            candidate = open_candidate(candidate_dir, graph_files(task))
+            templates = graph_templates(checkpoint, config, task, candidate.options)
             checks = [
-                _check_graph(candidate, template),
-                _check_initializers(candidate, template, weights, progress),
+                _check_graphs(candidate, templates),
+                _check_initializers(candidate, templates, weights, progress),
             ]
             outputs = check_outputs(
-                candidate, model_dir, adapter, _encoded(candidate_dir, prompts), new_tokens=new_tokens
+                candidate, model_dir, adapter, _encoded(candidate.folder, prompts), new_tokens=new_tokens
             )
             checks += outputs.checks
             error, tolerance = outputs.error, outputs.tolerance
@@ -88,51 +92,48 @@ def _encoded(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
     return [text.encode(prompt) for prompt in prompts]
 
 
-def _check_graph(candidate: Candidate, template: GraphTemplate) -> Check:
-    difference = first_difference(candidate.model, template.model, frozenset(template.aliases))
-    nodes = len(list(candidate.model.graph))
-    return Check(
-        "graph is the base model's, node for node",
-        difference is None,
-        f"{nodes} nodes",
-        () if difference is None else (difference,),
-    )
+def _check_graphs(candidate: Candidate, templates: Mapping[str, GraphTemplate]) -> Check:
+    failures = []
+    for file, template in templates.items():
+        difference = first_difference(candidate.models[file], template.model, template.unbound)
+        if difference is not None:
+            failures.append(difference if len(templates) == 1 else f"{file}: {difference}")
+    nodes = sum(len(list(model.graph)) for model in candidate.models.values())
+    return Check("graph is the base model's, node for node", not failures, f"{nodes} nodes", tuple(failures))
 
 
 def _check_initializers(
     candidate: Candidate,
-    template: GraphTemplate,
+    templates: Mapping[str, GraphTemplate],
     weights: MergedWeights,
     progress: Progress | None,
 ) -> Check:
-    found = names_in_checkpoint(template, weights)
-    held = candidate.model.graph.initializers
-    absent = [name for name in found if name not in held or held[name].const_value is None]
-    shaped = {
-        name: source
-        for name, source in found.items()
-        if name not in absent
-        and candidate.tensor(name).shape == tuple(weights.shape(source))
-        and candidate.tensor(name).dtype == candidate.dtype
-    }
-    failures = [f"{name}: expected among the initializers, found none" for name in absent]
-    failures += [
-        f"{name}: expected shape {weights.shape(found[name])} in {candidate.dtype}, "
-        f"got {candidate.tensor(name).shape} in {candidate.tensor(name).dtype}"
-        for name in found
-        if name not in shaped and name not in absent
-    ]
+    tensors = BoundTensors(list(templates.values()), weights)
+    failures: list[str] = []
+    held: dict[str, np.ndarray[Any, Any]] = {}
+    for template in templates.values():
+        for name in template.unbound:
+            tensor = candidate.tensor(name)
+            expected = template.shape(name)
+            if tensor is None:
+                failures.append(f"{name}: expected among the initializers, found none")
+            elif tensor.shape != expected or tensor.dtype != template.dtype:
+                failures.append(
+                    f"{name}: expected {expected} {template.dtype}, got {tensor.shape} {tensor.dtype}"
+                )
+            else:
+                held.update(tensors.parts(name, tensor))
     differences = compare_tensors(
-        candidate.tensor,
-        shaped.items(),
+        held.__getitem__,
+        [(weight, tensors.found[weight]) for weight in tensors.found if weight in held],
         weights,
         frozenset(weights.merged_names),
-        candidate.dtype,
+        candidate.options.numpy_dtype,
         weights.base_tensor,
         progress,
     )
     return _bits_check(
-        "initializers are the correctly rounded merge", found.keys(), weights, failures, differences
+        "initializers are the correctly rounded merge", tensors.found, weights, failures, differences
     )
 
 

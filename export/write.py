@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from loracle.files import require_space
 from loracle.files.safetensors_writer import Sink, write_array
 
 from .matching import WeightSource, names_in_checkpoint
-from .names import DATA_FILE, GRAPH_FILE
+from .names import DATA_FILE, GRAPH_SUFFIX
+from .recipes import RECIPES
 from .template import GraphTemplate
 
 # A memory map starts at a page; onnxruntime maps external data whose offset is a multiple of this.
@@ -34,33 +35,63 @@ class Layout:
 
 
 class BoundTensors:
-    """The values of a template's stored initializers, one at a time: weights from `source`, and constants.
+    """The values of the stored initializers of a model's graphs, one at a time: weights from `source`, and
+    constants.
 
-    Raises TargetError or ShapeError where `source` is not of the template's model (`names_in_checkpoint`).
+    Raises TargetError or ShapeError where `source` is not of the templates' model (`names_in_checkpoint`).
     """
 
-    def __init__(self, template: GraphTemplate, source: WeightSource) -> None:
-        self.found = names_in_checkpoint(template, source)
+    def __init__(self, templates: Sequence[GraphTemplate], source: WeightSource) -> None:
+        self.found = names_in_checkpoint(templates, source)
         self._source = source
-        self._dtype = template.dtype
-        initializers = template.model.graph.initializers
+        self._dtype = templates[0].dtype
+        self._made = {name: made for template in templates for name, made in template.made.items()}
         self._constants = {
-            name: value.const_value for name, value in initializers.items() if name not in self.found
+            name: value.const_value
+            for template in templates
+            for name, value in template.model.graph.initializers.items()
+            if name not in template.unbound
         }
 
-    def tensor(self, name: str) -> np.ndarray[Any, Any]:
-        """The tensor of an initializer, rounded once to the template's dtype where it is a weight."""
+    def weights(self, name: str) -> tuple[str, ...]:
+        """The weights that an initializer holds: itself, several, or none where it is a constant."""
+        if name in self._made:
+            return self._made[name].sources
+        return (name,) if name in self.found else ()
+
+    def pieces(self, name: str) -> Sequence[np.ndarray[Any, Any]]:
+        """The tensor of an initializer, rounded once to the template's dtype where it is a weight, as arrays
+        that follow one another."""
+        if name in self._made:
+            made = self._made[name]
+            return RECIPES[made.recipe].pieces([self._weight(weight) for weight in made.sources])
         if name in self.found:
-            return self._source.tensor(self.found[name], self._dtype)
+            return [self._weight(name)]
         constant = self._constants[name]
         assert constant is not None
-        array: np.ndarray[Any, Any] = constant.numpy()
-        return array
+        return [constant.numpy()]
+
+    def parts(self, name: str, tensor: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
+        """The weights in somebody's tensor of an initializer's shape; the tensor itself under its own name
+        where it is no more than one."""
+        made = self._made.get(name)
+        if made is None:
+            return {name: tensor}
+        shapes = [tuple(self._source.shape(self.found[weight])) for weight in made.sources]
+        return dict(zip(made.sources, RECIPES[made.recipe].parts(tensor, shapes), strict=True))
+
+    def tensor(self, name: str) -> np.ndarray[Any, Any]:
+        """A weight, rounded once to the template's dtype, or a constant."""
+        (tensor,) = self.pieces(name)
+        return tensor
 
     def release(self, name: str) -> None:
-        """Let go of the memory that the weight takes in the mapped checkpoint."""
-        if name in self.found:
-            self._source.release(self.found[name])
+        """Let go of the memory that an initializer's weights take in the mapped checkpoint."""
+        for weight in self.weights(name):
+            self._source.release(self.found[weight])
+
+    def _weight(self, name: str) -> np.ndarray[Any, Any]:
+        return self._source.tensor(self.found[name], self._dtype)
 
 
 def stored(template: GraphTemplate) -> list[ir.Value]:
@@ -68,7 +99,7 @@ def stored(template: GraphTemplate) -> list[ir.Value]:
     return [
         value
         for name, value in template.model.graph.initializers.items()
-        if name in template.aliases or nbytes(value) > _INLINE_BYTES
+        if name in template.unbound or nbytes(value) > _INLINE_BYTES
     ]
 
 
@@ -109,9 +140,10 @@ def write_data(sink: Sink, layout: Layout, tensors: BoundTensors, progress: Prog
     end = 0
     for name, offset in layout.offsets.items():
         sink.write(b"\0" * (offset - end))
-        tensor = tensors.tensor(name)
-        write_array(sink, tensor)
-        end = offset + tensor.nbytes
+        end = offset
+        for piece in tensors.pieces(name):
+            write_array(sink, piece)
+            end += piece.nbytes
         tensors.release(name)
         if progress is not None:
             progress(end, layout.nbytes)
@@ -122,33 +154,52 @@ def graph_bytes(template: GraphTemplate) -> bytes:
     return bytes(ir.to_proto(template.model).SerializeToString())
 
 
-def write_model(
-    template: GraphTemplate,
+def write_models(
+    templates: Mapping[str, GraphTemplate],
     source: WeightSource,
     folder: Path,
     progress: Progress | None = None,
     *,
     beside: int = 0,
 ) -> int:
-    """Write `model.onnx_data`, then `model.onnx`, into `folder`; return the bytes of both.
+    """Write `model.onnx_data`, then the graphs, into `folder`; return the bytes of all.
 
-    The template is used up: its initializers refer to the file afterwards.
+    Graphs of one model share the data file, and each tensor in it. The templates are used up: their
+    initializers refer to the file afterwards.
 
     Args:
+        templates: the graphs of one model, by the names of their files.
         beside: bytes of what else will be written into the folder, which must be free too.
 
     Raises:
-        TargetError, ShapeError: `source` is not of the template's model.
+        TargetError, ShapeError: `source` is not of the templates' model.
         FileError: the disk has too little room. Nothing is written then.
     """
-    tensors = BoundTensors(template, source)
-    values = stored(template)
-    layout = lay_out(values)
+    _part_constants(templates)
+    tensors = BoundTensors(list(templates.values()), source)
+    values = [value for template in templates.values() for value in stored(template)]
+    layout = lay_out({str(value.name): value for value in values}.values())
     for value in values:
         refer(value, DATA_FILE, layout.offsets[str(value.name)], folder)
-    graph = graph_bytes(template)
-    require_space(folder.parent, layout.nbytes + len(graph) + beside)
+    graphs = {file: graph_bytes(template) for file, template in templates.items()}
+    size = layout.nbytes + sum(map(len, graphs.values()))
+    require_space(folder.parent, size + beside)
     with open(folder / DATA_FILE, "wb") as data:
         write_data(data, layout, tensors, progress)
-    (folder / GRAPH_FILE).write_bytes(graph)
-    return layout.nbytes + len(graph)
+    for file, graph in graphs.items():
+        (folder / file).write_bytes(graph)
+    return size
+
+
+def _part_constants(templates: Mapping[str, GraphTemplate]) -> None:
+    """Give stored constants of one name that differ from graph to graph names of their own, in place."""
+    held: dict[str, bytes] = {}
+    for file, template in templates.items():
+        for value in stored(template):
+            name = str(value.name)
+            if name in template.unbound:
+                continue
+            assert value.const_value is not None
+            content = value.const_value.tobytes()
+            if held.setdefault(name, content) != content:
+                value.name = f"{file.removesuffix(GRAPH_SUFFIX)}.{name}"

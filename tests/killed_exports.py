@@ -95,14 +95,15 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def replace_task(model: Path, adapter: Path, deployment: Path, name: str) -> None:
     """Exchange a task of a deployment for another adapter's."""
     from loracle.export.architecture import check_supported
-    from loracle.export.exporter import DTYPES, graph_template
+    from loracle.export.graphs import graph_template
     from loracle.export.linked import write_linked
+    from loracle.export.options import GraphOptions
     from loracle.files import Checkpoint, MergedWeights, read_adapter
 
     with Checkpoint(model) as checkpoint:
         weights = MergedWeights(checkpoint, read_adapter(adapter))
         task = check_supported(checkpoint.config, str(model / "config.json"))
-        template = graph_template(checkpoint, task, DTYPES["fp32"])
+        template = graph_template(checkpoint, checkpoint.config, task, GraphOptions(packed=False))
         write_linked(template, weights, deployment, name, replace=True)
 
 
