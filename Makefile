@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all mutants lint bench architectures clean
+.PHONY: help demo test test-all mutants lint bench bench-large architectures clean
 
 help:
 	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
@@ -15,6 +15,7 @@ help:
 	@echo "make mutants   do the tests notice every change of reference/? MODULES=\"linear bounds\" for some"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     side-by-side measurements"
+	@echo "make bench-large  exports of models of 1.1B and 7B parameters; 30 GB of disk"
 	@echo "make architectures  docs/architectures.md"
 
 $(BIN)/python:
@@ -59,7 +60,10 @@ bench: .venv/dev.stamp .venv-peers/stamp
 	$(BIN)/python -m benchmarks.train_step
 	$(BIN)/python -m benchmarks.tightness
 	$(BIN)/python -m benchmarks.decode
-	$(BIN)/python -m benchmarks.export --optimum .venv-peers/bin/python
+	$(BIN)/python -m benchmarks.export
+
+bench-large: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.export --models 1.1b 7b --rounds 3 --out benchmarks/results/export_large.json
 
 architectures: .venv/dev.stamp
 	$(BIN)/python tests/architectures_page.py

@@ -1,178 +1,161 @@
-"""From a base model and an adapter to ONNX: loracle against PEFT + Optimum and PEFT + onnxruntime-genai.
+"""From a base model and an adapter to ONNX: loracle against PEFT's merge with three exporters.
 
-Every step is a fresh process; the ways run in turn, `--rounds` times; median seconds and largest peak count.
-The results are compared too: the logits after a prompt, run through onnxruntime.
+An adapter of all linear layers (r=8, seeded) is merged into SmolLM2-135M in float32, or into random weights
+in bfloat16 of the shape of TinyLlama-1.1B (to float32) or of Llama-2-7B (to float16), written here shard by
+shard into a temporary folder.
 
-    python -m benchmarks.export --optimum PYTHON [--rounds 3] [--out benchmarks/results/export.json]
+- loracle, graph cached: `loracle export` with a cache that holds the architecture's graph
+- A/A control: the same once more in each round
+- loracle, first export: with an empty cache
+- PEFT + genai builder: PEFT's merge, saved, then onnxruntime-genai's builder
+- PEFT + torch.onnx.export: PEFT's merge and torch's exporter (dynamo), with cache, in one process
+- PEFT + Optimum: PEFT's merge, saved, then Optimum's exporter (benchmarks/peers.txt), with its validation
+- disk floor: reading the base model's shards and writing as many bytes as loracle's export has, in one
+  thread, without fsync (loracle's export ends with one)
+
+Every step is a fresh process; the ways run in turn, backwards in every second round, each after a sync.
+Seconds are medians over the rounds; a ratio is of one round, its interval from order statistics; the peak is
+the largest resident set of any process of a way. Read and written are the bytes of read and write calls, from
+/proc/PID/io at the process's end: loracle maps the checkpoint, and what it reads there is not among them.
+
+Parity comes with the first round: the logits after a prompt must be the float64 model's within its tolerance
+(numerics, clause 7); for the larger models every way must have the first way's most likely token. A model
+that only loracle exports has nothing to be compared with.
+
+    python -m benchmarks.export [--models 135m 1.1b 7b] [--ways ...] [--rounds 5] [--quick]
+        [--optimum .venv-peers/bin/python] [--scratch DIR] [--out benchmarks/results/export.json]
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
-import statistics
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import onnxruntime
 from rich.console import Console
-from rich.table import Table
 
-from loracle.demo.smollm2 import model_folder
+from loracle.export.options import DTYPES
 
 from .adapters import random_adapter
+from .export_models import LARGE, MIDDLE, MODELS, SMOL, TINY, Model
+from .export_parity import Judge, float64_judge, last_logits
+from .export_report import checks, checks_table, rows_of, rows_table
+from .export_ways import CACHED, CONTROL, FIRST, FLOOR, OPTIMUM, WAYS, Job, Way
 from .machine import describe
-from .process import Measured, measure
+from .peers import PEERS_PYTHON, check_python
+from .process import Measured
 
-PROMPT = (504, 3575, 282, 4649, 314)
-
-_PEFT_MERGE = """
-import sys, torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-base, adapter, out = sys.argv[1:]
-model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
-AutoTokenizer.from_pretrained(base).save_pretrained(out)
-"""
+OURS = (CACHED, CONTROL, FIRST)
 
 
-def _ways(optimum: str, base: Path, adapter: Path, work: Path) -> dict[str, tuple[Path, list[list[str]]]]:
-    """Name -> (folder with model.onnx, the commands that make it)."""
-    merged = str(work / "merged")
-
-    def merge(python: str) -> list[str]:
-        return [python, "-c", _PEFT_MERGE, str(base), str(adapter), merged]
-
-    ours = [sys.executable, "-m", "loracle.cli", "export", "--model", str(base), "--adapter", str(adapter)]
-    builder = [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-m",
-        merged,
-        "-p",
-        "fp32",
-        "-e",
-        "cpu",
-    ]
-    exporter = [optimum, "-m", "optimum.commands.optimum_cli", "export", "onnx", "--model", merged]
-    exporter += ["--task", "text-generation-with-past", "--no-post-process"]
-    return {
-        "loracle, graph cached": (work / "loracle", [[*ours, "--out", str(work / "loracle")]]),
-        "loracle, first export": (work / "first", [[*ours, "--out", str(work / "first")]]),
-        "PEFT + genai builder": (
-            work / "genai",
-            [
-                merge(sys.executable),
-                [*builder, "-o", str(work / "genai"), "-c", str(work / "genai-cache")],
-            ],
-        ),
-        "PEFT + Optimum": (work / "optimum", [merge(optimum), [*exporter, str(work / "optimum")]]),
-    }
+def ways_of(model: Model, wanted: Sequence[str] | None) -> tuple[str, ...]:
+    """What runs for a model: what is asked for, or the model's own ways and a control."""
+    chosen = (CONTROL, *model.ways) if wanted is None else wanted
+    return tuple(name for name in WAYS if name in chosen)
 
 
-def last_logits(
-    folder: Path, base: Path, ids: Sequence[int]
-) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
-    """The logits (vocabulary,) after `ids`, from an empty cache of `base`'s shape."""
-    config = json.loads((base / "config.json").read_text())
-    session = onnxruntime.InferenceSession(str(folder / "model.onnx"), providers=["CPUExecutionProvider"])
-    tokens = np.array([ids], np.int64)
-    feeds = {
-        "input_ids": tokens,
-        "attention_mask": np.ones_like(tokens),
-        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
-    }
-    for entry in session.get_inputs():
-        if entry.name.startswith("past_key_values"):
-            feeds[entry.name] = np.zeros(
-                (1, config["num_key_value_heads"], 0, config["head_dim"]), np.float32
-            )
-    wanted = {entry.name for entry in session.get_inputs()}
-    logits = session.run(["logits"], {name: feed for name, feed in feeds.items() if name in wanted})[0]
-    result: np.ndarray[tuple[int, ...], np.dtype[np.float32]] = logits[0, -1]
-    return result
+def measure(
+    job: Job, names: Sequence[str], rounds: int, judge: Judge | None
+) -> tuple[dict[str, list[Measured]], dict[str, float]]:
+    """The runs of each way and of the floor, a number for each round; each way's error against the judge.
+
+    Without a judge the first way is one for the others, where they are not loracle's alone.
+
+    Raises SystemExit where an export that should have found its graph in the cache did not.
+    """
+    cached = job.way(CACHED)
+    cached.run()  # fills the cache
+    held = set(job.cache.rglob("*"))
+    nbytes = sum(path.stat().st_size for path in cached.out.iterdir())
+    cached.clear()
+    ways: list[Way] = [job.floor(nbytes), *(job.way(name) for name in names)]
+    judged = judge is not None or not set(names) <= set(OURS)
+    runs: dict[str, list[Measured]] = {way.name: [] for way in ways}
+    errors: dict[str, float] = {}
+    for round_ in range(rounds):
+        for way in ways[:: 1 if round_ % 2 == 0 else -1]:
+            runs[way.name].append(way.run())
+            if judged and round_ == 0 and way.name != FLOOR:
+                logits = last_logits(way.out, job.base)
+                judge = judge or Judge(logits, None)
+                errors[way.name] = judge.error(way.name, logits)
+            way.clear()
+    if set(job.cache.rglob("*")) != held:
+        raise SystemExit(
+            f"{CACHED}: its graph was made anew during the rounds; leave loracle's sources alone meanwhile"
+        )
+    return runs, errors
 
 
-def _compatible(base: Path, out: Path) -> Path:
-    """A copy of `base` for older transformers: rope_theta at the top, a tokenizer class they know."""
-    shutil.copytree(base, out)
-    config = json.loads((out / "config.json").read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]
-    (out / "config.json").write_text(json.dumps(config, indent=2))
-    tokenizer = json.loads((out / "tokenizer_config.json").read_text())
-    tokenizer["tokenizer_class"] = "PreTrainedTokenizerFast"
-    (out / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))
-    return out
+def rows_of_model(
+    model: Model, wanted: Sequence[str] | None, rounds: int, peers: Path, work: Path
+) -> list[dict[str, Any]]:
+    """Write the model into `work`, and measure what is wanted of it."""
+    base = model.make(work / "base")
+    adapter = random_adapter(base, work / "adapter")
+    judge = float64_judge(base, adapter, DTYPES[model.precision]) if model.judged else None
+    job = Job(base, adapter, work, model.precision, peers)
+    runs, errors = measure(job, ways_of(model, wanted), rounds, judge)
+    return rows_of(model.name, runs, errors, None if judge is None else judge.tolerance)
 
 
-def main() -> None:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--optimum", required=True, help="Python with the packages of benchmarks/peers.txt")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/export.json"))
-    arguments = parser.parse_args()
-    runs: dict[str, list[Measured]] = {}
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        base = _compatible(model_folder(), work / "base")
-        adapter = random_adapter(base, work / "adapter")
-        environment = {
-            "LORACLE_CACHE": str(work / "cache"),
-            "HF_HUB_OFFLINE": "1",
-            "TOKENIZERS_PARALLELISM": "false",
-        }
-        ways = _ways(arguments.optimum, base, adapter, work)
-        measure(ways["loracle, graph cached"][1][0], environment)  # fills the cache, and is not counted
-        parity: dict[str, float] = {}
-        expected = None
-        for _ in range(arguments.rounds):
-            for name, (folder, commands) in ways.items():
-                for leftover in (folder, work / "merged"):
-                    shutil.rmtree(leftover, ignore_errors=True)
-                first = {"LORACLE_CACHE": str(folder) + "-cache"} if name.endswith("first export") else {}
-                shutil.rmtree(str(folder) + "-cache", ignore_errors=True)
-                steps = [measure(command, {**environment, **first}) for command in commands]
-                runs.setdefault(name, []).append(
-                    Measured(sum(s.seconds for s in steps), max(s.peak_bytes for s in steps))
-                )
-                if name not in parity:
-                    logits = last_logits(folder, base, PROMPT)
-                    expected = logits if expected is None else expected
-                    parity[name] = float(np.abs(logits - expected).max())
-                    if int(logits.argmax()) != int(expected.argmax()):
-                        raise SystemExit(
-                            f"{name}: its most likely token differs, so there is nothing to compare"
-                        )
+    parser.add_argument("--models", nargs="+", choices=(SMOL, MIDDLE, LARGE), default=[SMOL])
+    parser.add_argument(
+        "--ways", nargs="+", choices=WAYS, metavar="WAY", help="default: all that fit the model and 24 GB"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a tiny model, one round: does it run? Writes no file unless --out",
+    )
+    parser.add_argument("--optimum", type=Path, default=PEERS_PYTHON, help="the Python that has Optimum")
+    parser.add_argument("--scratch", type=Path, help="a folder for models; 7b needs 30 GB, 1.1b 16 GB")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args(argv)
+    if arguments.quick:
+        arguments.models, arguments.rounds = [TINY], 1
+    elif arguments.out is None:
+        arguments.out = Path("benchmarks/results/export.json")
+    if any(OPTIMUM in ways_of(MODELS[name], arguments.ways) for name in arguments.models):
+        check_python(arguments.optimum)
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    arguments = parse(argv)
+    say = Console(stderr=True).print
+    rows: list[dict[str, Any]] = []
+    for name in arguments.models:
+        say(MODELS[name].described)
+        with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
+            rows += rows_of_model(
+                MODELS[name], arguments.ways, arguments.rounds, arguments.optimum, Path(scratch)
+            )
     result = {
-        "machine": describe("torch", "transformers", "onnxruntime", "onnx-ir", "onnxscript"),
-        "model": "SmolLM2-135M-Instruct, float32, all linear layers adapted, r=8",
+        "machine": describe(
+            "torch", "transformers", "peft", "onnxruntime", "onnxruntime-genai", "onnx-ir", "onnxscript"
+        ),
+        "models": {name: MODELS[name].described for name in arguments.models},
         "rounds": arguments.rounds,
-        "ways": {
-            name: {
-                "seconds": statistics.median(run.seconds for run in measured),
-                "all_seconds": [round(run.seconds, 2) for run in measured],
-                "peak_gb": max(run.peak_bytes for run in measured) / 1e9,
-                "largest_logit_difference": parity[name],
-            }
-            for name, measured in runs.items()
-        },
+        "rows": rows,
+        "checks": checks(rows),
     }
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n")
-    table = Table("way", "seconds", "peak GB", "logits differ by", title="merge and export, 135M, fp32")
-    for name, row in result["ways"].items():
-        table.add_row(
-            name, f"{row['seconds']:.1f}", f"{row['peak_gb']:.2f}", f"{row['largest_logit_difference']:.1e}"
-        )
-    Console().print(table)
+    if arguments.out is not None:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(result, indent=2) + "\n")
+    # As wide as the tables are, also where the output is no terminal.
+    screen = Console(width=170)
+    for table in (rows_table(rows), checks_table(result["checks"])):
+        if table.row_count:
+            screen.print(table)
 
 
 if __name__ == "__main__":

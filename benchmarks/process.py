@@ -10,22 +10,42 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 # A small process in between: Linux counts the memory of the process that forked into the child's peak.
+# /proc/PID/io is read when the process has ended and nothing has waited for it yet.
 _LAUNCHER = """
 import json, os, subprocess, sys, time
 start = time.perf_counter()
 process = subprocess.Popen(sys.argv[1:], stdout=sys.stderr)
+os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+seconds = time.perf_counter() - start
+try:
+    with open(f"/proc/{process.pid}/io") as file:
+        counters = dict(line.split(": ") for line in file.read().splitlines())
+except OSError:
+    counters = {}
 _, status, usage = os.wait4(process.pid, 0)
-code = os.waitstatus_to_exitcode(status)
-print(json.dumps([code, time.perf_counter() - start, usage.ru_maxrss * 1024]))
+io = [int(counters[name]) if name in counters else None for name in ("rchar", "wchar", "write_bytes")]
+print(json.dumps([os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss * 1024, *io]))
 """
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Wall seconds, and the largest resident set of the process, in bytes."""
+    """A process that has ended, with the children that it waited for.
+
+    Attributes:
+        seconds: wall time.
+        peak_bytes: the largest resident set of one process.
+        read_bytes: what it read by calls (``rchar`` of /proc/PID/io), from the disk or from the page cache;
+            reading mapped files is not counted. None where the system does not tell.
+        written_bytes: what it wrote by calls (``wchar``).
+        dirtied_bytes: what it caused to be sent to a disk, by calls or mappings (``write_bytes``).
+    """
 
     seconds: float
     peak_bytes: int
+    read_bytes: int | None = None
+    written_bytes: int | None = None
+    dirtied_bytes: int | None = None
 
 
 def measure(command: Sequence[str], environment: Mapping[str, str] | None = None) -> Measured:
@@ -40,8 +60,24 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         check=True,
         env={**os.environ, **(environment or {})},
     )
-    code, seconds, peak = json.loads(done.stdout)
+    code, *figures = json.loads(done.stdout)
     if code != 0:
         lines = done.stderr.splitlines()[-8:]
         raise SystemExit("\n".join([f"exit code {code}: {' '.join(command[:3])}", *lines]))
-    return Measured(seconds, peak)
+    return Measured(*figures)
+
+
+def one_after_the_other(steps: Sequence[Measured]) -> Measured:
+    """What commands that ran in turn took: sums, and the largest of their peaks."""
+
+    def total(counts: Sequence[int | None]) -> int | None:
+        known = [count for count in counts if count is not None]
+        return sum(known) if len(known) == len(counts) else None
+
+    return Measured(
+        sum(step.seconds for step in steps),
+        max(step.peak_bytes for step in steps),
+        total([step.read_bytes for step in steps]),
+        total([step.written_bytes for step in steps]),
+        total([step.dirtied_bytes for step in steps]),
+    )

@@ -2,36 +2,18 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
 
+from .intervals import median_interval, ratio_text
 from .train_step_subjects import CONTROL, FLOOR, OURS, OURS_CHUNKED, PEFT
 
-LEVEL = 0.95
 ALL_LINEAR_LIMIT = 1.08
 CHUNKED_LIMIT = {"float32": 0.85, "bfloat16": 0.70}
 Row = dict[str, Any]
-
-
-def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(low, high, coverage) for the median of a continuous distribution, from order statistics.
-
-    The narrowest symmetric pair of order statistics that covers with `LEVEL`; the extremes, with what they
-    cover, where there are too few values. ``[x_(k), x_(n+1-k)]`` misses the median with
-    ``2 P(Binomial(n, 1/2) < k)``.
-    """
-    ordered, n = sorted(values), len(values)
-    k, coverage = 1, 1 - 2.0 ** (1 - n)
-    while 2 * (k + 1) <= n:
-        wider = 1 - 2 * sum(math.comb(n, j) for j in range(k + 1)) / 2**n
-        if wider < LEVEL:
-            break
-        k, coverage = k + 1, wider
-    return ordered[k - 1], ordered[n - k], coverage
 
 
 def summary(result: Mapping[str, Any] | None, peft_ratios: Sequence[float] | None) -> Row:
@@ -116,9 +98,9 @@ def rows_table(rows: Sequence[Row]) -> Table:
             _adapted(row),
             row["way"],
             "" if row["seconds"] is None else f"{1e3 * row['seconds']:.0f}",
-            _ratio(row["ratio"], row["interval"]),
+            ratio_text(row["ratio"], row["interval"]),
             "1" if row["way"] == FLOOR else f"{row['flop_ratio']:.3f}",
-            "" if row["way"] == PEFT else _ratio(row["ratio_to_peft"], row["interval_to_peft"]),
+            "" if row["way"] == PEFT else ratio_text(row["ratio_to_peft"], row["interval_to_peft"]),
             "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:.2f}",
             "" if row["peak_bytes"] is None else f"{row['peak_above_model_bytes'] / 1e9:.2f}",
             end_section=last,
@@ -164,9 +146,3 @@ def _adapted(row: Mapping[str, Any]) -> str:
         return ""
     dropout = f", dropout {row['dropout']:g}" if row["dropout"] else ""
     return f"{row['targets']}, r={row['r']}{dropout}"
-
-
-def _ratio(median: float | None, interval: Sequence[float] | None) -> str:
-    if median is None or interval is None:
-        return ""
-    return f"{median:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"

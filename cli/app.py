@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import export, finetune, merge, run, verify
+from .commands import export, finetune, merge, run, tasks, verify
 
 app = typer.Typer(
     name="loracle",
@@ -21,6 +21,7 @@ app.command("merge")(merge.command)
 app.command("export")(export.command)
 app.command("verify")(verify.command)
 app.command("run")(run.command)
+app.command("tasks")(tasks.command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -14,5 +14,9 @@ Adapter = Annotated[
     Path | None, typer.Option("--adapter", help="PEFT adapter folder; left out, the base model itself.")
 ]
 Out = Annotated[Path, typer.Option("--out", help="Folder to make; must not exist, or be empty.")]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Let modelling code in the model's folder run; read it first."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]

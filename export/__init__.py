@@ -1,7 +1,7 @@
 """Merged weights as ONNX, and the proof that they are what was trained.
 
-`loracle.export.session`, `.generation`, `.sampling`, `.streaming` and `.text` run an exported model without
-torch; so this package loads its parts on first use.
+`loracle.export.session`, `.growing_session`, `.generation`, `.sampling`, `.streaming` and `.text` run an
+exported model without torch; so this package loads its parts on first use.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .exporter import ExportSummary, export
     from .generation import generate, greedy
+    from .growing_session import open_decoder
     from .report import Check, VerifyReport
     from .sampling import Sampling
+    from .seq2seq_session import Seq2SeqSession
     from .session import DecoderSession, open_session
     from .text import TextModel
     from .verification import verify
@@ -23,11 +25,13 @@ _HOMES = {
     "DecoderSession": "session",
     "ExportSummary": "exporter",
     "Sampling": "sampling",
+    "Seq2SeqSession": "seq2seq_session",
     "TextModel": "text",
     "VerifyReport": "report",
     "export": "exporter",
     "generate": "generation",
     "greedy": "generation",
+    "open_decoder": "growing_session",
     "open_session": "session",
     "verify": "verification",
 }
@@ -37,11 +41,13 @@ __all__ = [
     "DecoderSession",
     "ExportSummary",
     "Sampling",
+    "Seq2SeqSession",
     "TextModel",
     "VerifyReport",
     "export",
     "generate",
     "greedy",
+    "open_decoder",
     "open_session",
     "verify",
 ]

@@ -37,6 +37,18 @@ class Candidate:
         found = (model.graph.initializers.get(name) for model in self.models.values())
         return next((value for value in found if value is not None), None)
 
+    def is_shared(self, file: str, name: str) -> bool:
+        """Whether a graph's initializer is `initializer(name)`: of one place in the data, or of equal bits."""
+        first, own = self.initializer(name), self.models[file].graph.initializers.get(name)
+        if first is None or own is None or first.const_value is None or own.const_value is None:
+            return first is own
+        one, other = first.const_value, own.const_value
+        if isinstance(one, ir.ExternalTensor) and isinstance(other, ir.ExternalTensor):
+            places = [(tensor.path, tensor.offset, tensor.length, tensor.dtype) for tensor in (one, other)]
+            if places[0] == places[1]:
+                return True
+        return bool(one.dtype == other.dtype and one.numpy().tobytes() == other.numpy().tobytes())
+
     def tensor(self, name: str) -> np.ndarray[Any, Any] | None:
         """The initializer's tensor, mapped from the data file; None where there is none."""
         value = self.initializer(name)

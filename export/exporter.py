@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from loracle.files import (
     sidecar_bytes,
 )
 from loracle.files.json_file import read_json_object
-from loracle.files.sidecar import CONFIG_FILE, config_bytes
+from loracle.files.sidecar import CONFIG_FILE, config_bytes, resized_tokenizer
 from loracle.reference import ConfigError
 
 from .architecture import check_supported
@@ -29,6 +30,7 @@ from .names import GENAI_FILE, GRAPH_FILE
 from .options import GraphOptions, noted_options
 from .tasks import Task
 from .template import DecoderShape, GraphTemplate
+from .underflow import CountedWeights, Underflow
 from .write import Progress, write_models
 
 FORMS = ("baked", "linked")
@@ -36,7 +38,8 @@ FORMS = ("baked", "linked")
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What `export` wrote: the folder, its model's bytes, the tensors that were merged."""
+    """What `export` wrote: the folder, its model's bytes, the tensors that were merged, and in float16 the
+    small entries of weights that lost something."""
 
     out_dir: Path
     dtype: str
@@ -44,34 +47,50 @@ class ExportSummary:
     nodes: int
     tensors: int
     merged_names: tuple[str, ...]
+    quantization: str | None = None
+    underflow: Underflow = field(default_factory=Underflow)
 
 
 def _write_descriptions(
-    checkpoint: Checkpoint, config: Mapping[str, Any], shape: DecoderShape | None, folder: Path
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    template: GraphTemplate,
+    folder: Path,
+    adapter_dir: str | Path | None,
 ) -> None:
     """Write what lies beside the graph: configuration, tokenizer, and for a decoder `genai_config.json`."""
     changed = config != checkpoint.config
-    copy_sidecars(checkpoint.dir, folder, exclude=(CONFIG_FILE,) if changed else ())
+    copy_sidecars(
+        checkpoint.dir,
+        folder,
+        exclude=(CONFIG_FILE,) if changed else (),
+        tokenizer_dir=resized_tokenizer(adapter_dir, config, checkpoint.config),
+    )
     if changed:
         (folder / CONFIG_FILE).write_bytes(config_bytes({**config}))
-    if shape is not None:
-        _write_genai_config(checkpoint, shape, folder)
+    if template.decoder is not None:
+        grows = noted_options(template.model, CONFIG_FILE).portable
+        _write_genai_config(checkpoint, template.decoder, folder, grows=grows)
 
 
-def _write_genai_config(checkpoint: Checkpoint, shape: DecoderShape, folder: Path) -> None:
+def _write_genai_config(checkpoint: Checkpoint, shape: DecoderShape, folder: Path, *, grows: bool) -> None:
     path = checkpoint.dir / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
-    described = genai_config(shape, checkpoint.config, generation)
+    described = genai_config(shape, checkpoint.config, generation, grows=grows)
     (folder / GENAI_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
 
 
-def _check_form(form: str, name: str | None, adapter_dir: str | Path | None) -> None:
+def _check_form(form: str, name: str | None, adapter_dir: str | Path | None, *, replace: bool) -> None:
     """Raise ConfigError unless form, name and adapter go together."""
     if form not in FORMS:
         raise ConfigError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     if form == "baked":
         if name is not None:
             raise ConfigError(f"name: expected none in the form baked, got {name!r}; choose --form linked")
+        if replace:
+            raise ConfigError(
+                "replace: expected a task to exchange, got the form baked; choose --form linked"
+            )
         return
     if name is None:
         raise ConfigError("name: expected the task's name in the form linked, got none")
@@ -88,6 +107,10 @@ def export(
     dtype: str = "fp32",
     form: str = "baked",
     name: str | None = None,
+    replace: bool = False,
+    quantization: str | None = None,
+    portable: bool = False,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> ExportSummary:
     """Write `W0 + scaling * B @ A`, each entry rounded once to `dtype`, as an ONNX decoder with KV cache.
@@ -101,45 +124,66 @@ def export(
         form: "baked", one graph with its weights; or "linked", the base model and beside it a graph `name`
             with the merged weights alone (`linked.py`).
         name: of the task, in the form "linked".
+        replace: whether a task of this name may be there; its graph is exchanged in one step.
+        quantization: None; or "int8" or "int4", for codes of the merged weights of linear layers
+            (`quantized.py`).
+        portable: whether all operators are of the ONNX standard, for runtimes other than onnxruntime, and
+            the cache is one that grows. Otherwise onnxruntime's own are used where the model allows.
+        trust_remote_code: whether modelling code of the model's own may run, from `model_dir` alone.
         progress: called with (bytes written, bytes in all).
 
     Raises:
         LoracleError: what is wrong with the input, in one line; nothing is written then.
     """
-    _check_form(form, name, adapter_dir)
+    _check_form(form, name, adapter_dir, replace=replace)
     # A linked task owns what its adapter changes: rows of other weights beside it would be its own too.
-    options = GraphOptions(dtype, packed=form == "baked")
+    options = GraphOptions(dtype, packed=form == "baked", quantization=quantization, portable=portable)
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
         weights = MergedWeights(checkpoint, adapter)
         config = weights.config
-        task = check_supported(config, str(Path(model_dir) / CONFIG_FILE))
+        task = check_supported(config, str(Path(model_dir) / CONFIG_FILE), trusted=trust_remote_code)
+        trusted = bool(config.get("auto_map"))
         if name is not None:
             _check_linked(weights, task, name)
+        counted = CountedWeights(weights)
         merged = tuple(weights.merged_names)
         base = Path(out_dir, GRAPH_FILE)
         if name is not None and base.exists():
-            options = replace(noted_options(load_graph(base), str(base)), dtype=dtype)
-            template = graph_template(checkpoint, config, task, options)
+            options = dataclasses.replace(noted_options(load_graph(base), str(base)), dtype=dtype)
+            if options.quantization != quantization:
+                raise ConfigError(
+                    f"quantization: expected {options.quantization}, as the deployment's base has it, "
+                    f"got {quantization}; choose another --out"
+                )
+            if portable and not options.portable:
+                raise ConfigError(
+                    "portable: expected a deployment with a portable base, got another; choose another --out"
+                )
+            template = graph_template(checkpoint, config, task, options, trusted=trusted)
             nodes, tensors = _counts([template])
-            size = write_linked(template, weights, Path(out_dir), name, progress)
-            return ExportSummary(Path(out_dir), dtype, size, nodes, tensors, merged)
+            size = write_linked(template, counted, Path(out_dir), name, progress, replace=replace)
+            return ExportSummary(
+                Path(out_dir), dtype, size, nodes, tensors, merged, quantization, counted.underflow()
+            )
         with output_folder(out_dir) as folder:
-            templates = graph_templates(checkpoint, config, task, options)
+            templates = graph_templates(checkpoint, config, task, options, trusted=trusted)
             nodes, tensors = _counts(templates.values())
             beside = sidecar_bytes(checkpoint.dir)
-            shape = next(iter(templates.values())).decoder
+            first = next(iter(templates.values()))
             if name is None:
-                size = write_models(templates, weights, folder, progress, beside=beside)
+                size = write_models(templates, counted, folder, progress, beside=beside)
             else:
                 beside += linked_bytes(templates[GRAPH_FILE], weights)
                 size = write_models(
                     templates, MergedWeights(checkpoint, None), folder, progress, beside=beside
                 )
-                template = graph_template(checkpoint, config, task, options)
-                size += write_linked(template, weights, folder, name, progress)
-            _write_descriptions(checkpoint, config, shape, folder)
-        return ExportSummary(Path(out_dir), dtype, size, nodes, tensors, merged)
+                template = graph_template(checkpoint, config, task, options, trusted=trusted)
+                size += write_linked(template, counted, folder, name, progress)
+            _write_descriptions(checkpoint, config, first, folder, adapter_dir)
+        return ExportSummary(
+            Path(out_dir), dtype, size, nodes, tensors, merged, quantization, counted.underflow()
+        )
 
 
 def _check_linked(weights: MergedWeights, task: Task, name: str) -> None:
@@ -148,7 +192,8 @@ def _check_linked(weights: MergedWeights, task: Task, name: str) -> None:
         raise ConfigError(f"form: expected baked for a model with encoder and decoder, got linked for {name}")
     if weights.config != weights.checkpoint.config:
         raise ConfigError(
-            f"form: expected baked for an adapter that brings the model's head, got linked for {name}"
+            f"form: expected baked for an adapter that brings a head or a vocabulary of its own, got linked "
+            f"for {name}"
         )
 
 

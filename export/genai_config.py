@@ -10,12 +10,12 @@ from .template import DecoderShape
 
 
 def genai_config(
-    shape: DecoderShape, config: Mapping[str, Any], generation: Mapping[str, Any]
+    shape: DecoderShape, config: Mapping[str, Any], generation: Mapping[str, Any], *, grows: bool = False
 ) -> dict[str, Any]:
     """The description of an exported decoder, from its sizes, `config.json` and `generation_config.json`.
 
-    `past_present_share_buffer` is true because the graph appends to the cache in place. Search is greedy:
-    a deployment that wants sampling sets its own.
+    `past_present_share_buffer` is true where the graph appends to the cache in place, and false where the
+    cache `grows`. Search is greedy: a deployment that wants sampling sets its own.
     """
 
     def token(name: str) -> Any:
@@ -60,7 +60,7 @@ def genai_config(
             "min_length": 0,
             "num_beams": 1,
             "num_return_sequences": 1,
-            "past_present_share_buffer": True,
+            "past_present_share_buffer": not grows,
             "repetition_penalty": 1.0,
             "temperature": 1.0,
             "top_k": 1,

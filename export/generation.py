@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from loracle.reference import ConfigError, ShapeError
+from loracle.reference import ConfigError
 
 from .sampling import Sampler, Sampling
 from .session import DecoderSession
 
 _GREEDY = Sampling()
+
+
+class BatchSession(Protocol):
+    """Rows that are answered in step: `DecoderSession`, or `Seq2SeqSession`, whose prompts are sources."""
+
+    def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Raise ShapeError where there is none for the prompts and as many tokens after each."""
+
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> np.ndarray[Any, Any]:
+        """Begin each row with a prompt; return the logits (rows, vocabulary) of the first token."""
+
+    def decode(self, tokens: Sequence[int]) -> np.ndarray[Any, Any]:
+        """Append a token to each row; return the logits (rows, vocabulary) of the next."""
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Go on with these rows alone."""
 
 
 def greedy(
@@ -37,7 +53,7 @@ def greedy(
 
 
 def generate(
-    session: DecoderSession,
+    session: BatchSession,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
@@ -48,7 +64,7 @@ def generate(
     """Answer a batch of prompts, all rows in step.
 
     Args:
-        session: with as many rows as prompts, and room for the longest prompt and its answer.
+        session: with as many rows as prompts, and room for them and their answers.
         prompts: tokens of each.
         max_new_tokens: most tokens of an answer.
         sampling: how a token is chosen.
@@ -65,17 +81,12 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
-    needed = max(map(len, prompts), default=0) + max_new_tokens - 1  # the last token is not read
-    if needed > session.capacity:
-        raise ShapeError(
-            f"capacity: expected at least {needed} for the longest prompt and {max_new_tokens} new tokens, "
-            f"got {session.capacity}; open the session with a larger capacity"
-        )
+    session.require_room(prompts, max_new_tokens)
     return _generate(session, prompts, max_new_tokens, Sampler(sampling, prompts), stop, finished)
 
 
 def _generate(
-    session: DecoderSession,
+    session: BatchSession,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     sampler: Sampler,

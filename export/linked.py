@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -73,7 +73,7 @@ def write_linked(
     graph = _graph_file(deployment, name)
     _require_new(graph, replace)
     tensors = BoundTensors([template], source)
-    own, shared = _split(template, tensors, source.merged_names)
+    own, shared = _split(template, tensors)
     _share(shared, load_graph(deployment / GRAPH_FILE), deployment, tensors)
     layout = lay_out(own)
     under_way = deployment / _UNDER_WAY
@@ -108,14 +108,24 @@ def remove_task(deployment: Path, name: str) -> None:
     Raises:
         ConfigError: `name` cannot be a task's. FileError: there is no such task, or it cannot be removed.
     """
-    graph = _graph_file(deployment, name)
-    if not graph.is_file():
-        there = ", ".join(task_names(deployment)) or "none"
-        raise FileError(f"{graph}: expected one of the deployment's tasks ({there}), found none")
+    graph = task_graph(deployment, name)
     with reported(graph), locked(deployment / GRAPH_FILE):
         graph.unlink()
         flush_folder(deployment)
         _remove_unmentioned(deployment)
+
+
+def task_graph(deployment: Path, name: str) -> Path:
+    """The graph of a deployment's task.
+
+    Raises:
+        ConfigError: `name` cannot be a task's. FileError: there is no such task.
+    """
+    graph = _graph_file(deployment, name)
+    if not graph.is_file():
+        there = ", ".join(task_names(deployment)) or "none"
+        raise FileError(f"{graph}: expected one of the deployment's tasks ({there}), found none")
+    return graph
 
 
 def task_names(deployment: Path) -> tuple[str, ...]:
@@ -126,12 +136,25 @@ def task_names(deployment: Path) -> tuple[str, ...]:
     )
 
 
+def task_size(deployment: Path, name: str) -> int:
+    """The bytes of a task's graph and of the data that are its own.
+
+    Raises:
+        ConfigError: `name` cannot be a task's. FileError: there is no such task.
+    """
+    graph = task_graph(deployment, name)
+    content = graph.read_bytes()
+    own = {found.decode() for found in _MENTIONED.findall(content)}
+    files = [path for path in deployment.iterdir() if (m := _DATA_FILE.fullmatch(path.name)) and m[1] in own]
+    return len(content) + sum(path.stat().st_size for path in files)
+
+
 def linked_bytes(template: GraphTemplate, source: WeightSource) -> int:
     """The bytes of a task's data file.
 
     Raises TargetError or ShapeError where `source` is not of the template's model.
     """
-    own, _ = _split(template, BoundTensors([template], source), source.merged_names)
+    own, _ = _split(template, BoundTensors([template], source))
     return lay_out(own).nbytes
 
 
@@ -154,10 +177,9 @@ def _require_new(graph: Path, replace: bool) -> None:
         raise FileError(f"{graph}: the deployment has this task; choose another name or remove it")
 
 
-def _split(
-    template: GraphTemplate, tensors: BoundTensors, merged: Collection[str]
-) -> tuple[list[ir.Value], list[ir.Value]]:
+def _split(template: GraphTemplate, tensors: BoundTensors) -> tuple[list[ir.Value], list[ir.Value]]:
     """The stored initializers that the adapter changes, and the others."""
+    merged = frozenset(tensors.source.merged_names)
     own: list[ir.Value] = []
     shared: list[ir.Value] = []
     for value in stored(template):
@@ -174,17 +196,18 @@ def _share(shared: Sequence[ir.Value], base: ir.Model, deployment: Path, tensors
         tensor = None if held is None else held.const_value
         if not isinstance(tensor, ir.ExternalTensor):
             raise _another(deployment, f"expected {name} in its data file, found none")
-        got, expected = tensor.numpy(), tensors.tensor(name)
-        if (got.shape, got.dtype) != (expected.shape, expected.dtype):
+        assert value.shape is not None
+        assert value.dtype is not None
+        got, shape, dtype = tensor.numpy(), tuple(value.shape.numpy()), value.dtype.numpy()
+        if (got.shape, got.dtype) != (shape, dtype):
             raise _another(
-                deployment,
-                f"{name}: expected shape {expected.shape} in {expected.dtype}, "
-                f"got {got.shape} in {got.dtype}",
+                deployment, f"{name}: expected shape {shape} in {dtype}, got {got.shape} in {got.dtype}"
             )
-        difference = compare_tensor(name, got, expected)
-        if difference is not None:
-            raise _another(deployment, str(difference))
-        del got  # it is a view of the mapped file
+        for part, held in tensors.parts(name, got).items():
+            difference = compare_tensor(part, held, tensors.tensor(part))
+            if difference is not None:
+                raise _another(deployment, str(difference))
+        del got, held  # they are views of the mapped file
         tensor.release()
         tensors.release(name)
         refer(value, str(tensor.location), int(tensor.offset or 0), deployment)

@@ -4,10 +4,16 @@ transformers.js accept as well. There is no `position_ids`: the attention operat
 
 from __future__ import annotations
 
+from pathlib import Path
+
 GRAPH_SUFFIX = ".onnx"
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.onnx_data"
 GENAI_FILE = "genai_config.json"
+GENERATION_FILE = "generation_config.json"
+OPTIONS_KEY = "loracle.options"
+"""Where a graph's metadata say how it was made."""
+
 ENCODER_FILE = "encoder_model.onnx"
 DECODER_FILE = "decoder_model.onnx"
 DECODER_WITH_PAST_FILE = "decoder_with_past_model.onnx"
@@ -17,6 +23,7 @@ ATTENTION_MASK = "attention_mask"
 TOKEN_TYPE_IDS = "token_type_ids"
 PIXEL_VALUES = "pixel_values"
 LOGITS_TO_KEEP = "num_logits_to_keep"
+PAST_LENGTH = "past_length"
 LOGITS = "logits"
 ENCODER_MASK = "encoder_attention_mask"
 ENCODER_STATES = "encoder_hidden_states"
@@ -28,6 +35,15 @@ TOTAL_SEQUENCE = "total_sequence_length"
 PAST_SEQUENCE = "past_sequence_length"
 PRESENT_SEQUENCE = "present_sequence_length"
 ENCODER_SEQUENCE = "encoder_sequence_length"
+
+
+def model_folder(model: str | Path) -> Path:
+    """The folder of an exported model: `model` itself, or where it is one of its graphs the graph's."""
+    path = Path(model)
+    return path.parent if path.suffix == GRAPH_SUFFIX else path
+
+
+PAST = "past_key_values."
 
 
 def past_names(layers: int) -> list[str]:

@@ -12,7 +12,8 @@ import onnx_ir as ir
 
 from loracle.reference import ConfigError, FileError
 
-_KEY = "loracle.options"
+from .block_codes import code_bits
+from .names import OPTIONS_KEY
 
 DTYPES: dict[str, np.dtype[Any]] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 
@@ -24,17 +25,28 @@ class GraphOptions:
     Attributes:
         dtype: "fp32" or "fp16", of weights, cache and outputs.
         packed: whether products of the same input are one, their weights' rows one after the other.
+        quantization: None; or "int8" or "int4", the codes of the weights that products alone use.
+        portable: whether all operators are of the ONNX standard, and the cache grows by concatenation.
 
     Raises:
-        ConfigError: another dtype.
+        ConfigError: another dtype or quantization, or a quantization where the graph is portable.
     """
 
     dtype: str = "fp32"
     packed: bool = True
+    quantization: str | None = None
+    portable: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.quantization is not None:
+            code_bits(self.quantization)
+            if self.portable:
+                raise ConfigError(
+                    f"quantization: expected none in a portable graph, got {self.quantization!r}, whose "
+                    "operators are onnxruntime's own; leave one of them out"
+                )
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -48,7 +60,7 @@ class GraphOptions:
 
 def note_options(model: ir.Model, options: GraphOptions) -> None:
     """Write the options into a graph's metadata, in place."""
-    model.metadata_props[_KEY] = json.dumps(options.to_json())
+    model.metadata_props[OPTIONS_KEY] = json.dumps(options.to_json())
 
 
 def noted_options(model: ir.Model, source: str) -> GraphOptions:
@@ -56,10 +68,10 @@ def noted_options(model: ir.Model, source: str) -> GraphOptions:
 
     Raises FileError, naming `source`, where it says none, or none that there are.
     """
-    told = model.metadata_props.get(_KEY)
+    told = model.metadata_props.get(OPTIONS_KEY)
     if told is None:
         raise FileError(
-            f"{source}: expected {_KEY} in its metadata, found none; make it with `loracle export`"
+            f"{source}: expected {OPTIONS_KEY} in its metadata, found none; make it with `loracle export`"
         )
     try:
         values = json.loads(told)
@@ -67,5 +79,7 @@ def noted_options(model: ir.Model, source: str) -> GraphOptions:
             raise ValueError("other options")
         options = GraphOptions(**values)
     except (ValueError, TypeError, ConfigError) as error:
-        raise FileError(f"{source}: {_KEY}: expected the options of a graph, got {told[:80]!r}") from error
+        raise FileError(
+            f"{source}: {OPTIONS_KEY}: expected the options of a graph, got {told[:80]!r}"
+        ) from error
     return options

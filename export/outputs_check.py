@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -13,17 +13,46 @@ from loracle.files import Adapter
 
 from .candidate import Candidate
 from .generation import greedy
+from .growing_session import open_decoder
+from .quality import Quality, measure_quality
 from .report import Check
 from .session import DecoderSession, open_session
+
+if TYPE_CHECKING:
+    from .truth import Truth
 
 
 @dataclass(frozen=True)
 class OutputsResult:
-    """The two checks, the largest error of a logit and the tolerance it was held to."""
+    """The checks, the largest error of a logit and the tolerance it was held to; or what was measured
+    instead, where the candidate is quantised."""
 
-    checks: tuple[Check, Check]
-    error: float
-    tolerance: float
+    checks: tuple[Check, ...]
+    error: float | None
+    tolerance: float | None
+    quality: Quality | None = None
+
+
+def measured(
+    pairs: Iterable[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]], logits: bool
+) -> OutputsResult:
+    """What is said of a quantised model's outputs: their loss, and whether they are numbers.
+
+    Args:
+        pairs: (output, truth), see `measure_quality`.
+        logits: whether the outputs are logits.
+    """
+    every = list(pairs)
+    failures = [
+        f"output {number}: expected shape {truth.shape}, got {got.shape}"
+        for number, (got, truth) in enumerate(every, 1)
+        if got.shape != truth.shape
+    ]
+    quality = measure_quality(((got, own) for got, own in every if got.shape == own.shape), logits=logits)
+    if not quality.finite:
+        failures.append("an output is NaN or infinite; check the weights, or export in fp32")
+    check = Check("outputs are finite numbers", not failures, f"{quality.rows} rows", tuple(failures))
+    return OutputsResult((check,), None, None, quality)
 
 
 @dataclass(frozen=True)
@@ -70,19 +99,31 @@ def check_outputs(
     prompts: Sequence[Sequence[int]],
     *,
     new_tokens: int,
+    config: Mapping[str, Any] | None = None,
+    trusted: bool = False,
 ) -> OutputsResult:
-    """Run every prompt through onnxruntime and through the float64 model, and compare."""
+    """Run every prompt through onnxruntime and through the float64 model, and compare.
+
+    No bound covers the codes of a quantised model: its error is measured.
+    """
     from .truth import Float64Model
 
     session = open_session(candidate.graph)
     runs = [
-        generate_with_logits(DecoderSession(session, len(prompt) + new_tokens), prompt, new_tokens)
+        generate_with_logits(open_decoder(session, len(prompt) + new_tokens), prompt, new_tokens)
         for prompt in prompts
     ]
     del session
-    truths = Float64Model(model_dir, adapter).evaluate(
+    truths = Float64Model(model_dir, adapter, config=config, trusted=trusted).evaluate(
         [run.ids[:-1] for run in runs], candidate.options.numpy_dtype
     )
+    return judged(runs, truths, quantised=candidate.options.quantization is not None)
+
+
+def judged(runs: Sequence[Generated], truths: Sequence[Truth], *, quantised: bool) -> OutputsResult:
+    """Compare what was generated with its truth; of a quantised model, measure how far apart they are."""
+    if quantised:
+        return measured([(run.logits, truth.logits) for run, truth in zip(runs, truths, strict=True)], True)
     error = tolerance = worst = 0.0
     outside: list[str] = []
     tokens: list[str] = []
@@ -117,7 +158,7 @@ def check_outputs(
             Check(
                 "greedy tokens agree",
                 not unexplained,
-                f"{count} tokens, {len(prompts)} prompts{explained_figure}",
+                f"{count} tokens, {len(runs)} prompts{explained_figure}",
                 tuple(unexplained),
             ),
         ),

@@ -13,7 +13,6 @@ import onnx_ir as ir
 
 from .recipes import RECIPES, ROWS
 from .template import GraphTemplate, Made
-from .tidy import name_values
 
 _ATTENTION = "GroupQueryAttention"
 
@@ -51,9 +50,7 @@ def pack_products(template: GraphTemplate) -> GraphTemplate:
         if len({product.bias is None for product in found}) > 1:
             continue
         _pack(graph, node, found, made, shapes)
-    packed = replace(template, made=made, shapes=shapes)
-    name_values(packed.model, packed.unbound)
-    return packed
+    return replace(template, made=made, shapes=shapes)
 
 
 def _product(value: ir.Value | None, template: GraphTemplate) -> _Product | None:

@@ -27,13 +27,16 @@ from .trace import torch_dtype, trace_model, trace_seq2seq_model
 from .weightless import WeightlessModel, build_weightless
 
 
-def trace_replicated(model_dir: Path, task: Task, dtype: np.dtype[Any]) -> GraphTemplate | None:
+def trace_replicated(
+    model_dir: Path, task: Task, dtype: np.dtype[Any], *, portable: bool = False, trusted: bool = False
+) -> GraphTemplate | None:
     """Trace a few layers of the model that `model_dir/config.json` describes, and repeat them.
 
     Args and errors: see `trace`. Returns what `trace` does, node for node; None where it is not certain that
     all layers are like the traced ones.
     """
-    whole = _replicated(model_dir, task, dtype, lambda few: {"": trace_model(few, task, dtype)})
+    weightless = build_weightless(model_dir, task, torch_dtype(dtype), portable=portable, trusted=trusted)
+    whole = _replicated(weightless, lambda few: {"": trace_model(few, task, dtype)})
     return None if whole is None else whole[""]
 
 
@@ -41,17 +44,14 @@ def trace_seq2seq_replicated(
     model_dir: Path, task: Task, dtype: np.dtype[Any]
 ) -> dict[str, GraphTemplate] | None:
     """Do as `trace_replicated` for all graphs of `trace_seq2seq`; None where one of them cannot be had so."""
-    return _replicated(model_dir, task, dtype, lambda few: trace_seq2seq_model(few, dtype))
+    weightless = build_weightless(model_dir, task, torch_dtype(dtype))
+    return _replicated(weightless, lambda few: trace_seq2seq_model(few, dtype))
 
 
 def _replicated(
-    model_dir: Path,
-    task: Task,
-    dtype: np.dtype[Any],
-    traced: Callable[[WeightlessModel], dict[str, GraphTemplate]],
+    weightless: WeightlessModel, traced: Callable[[WeightlessModel], dict[str, GraphTemplate]]
 ) -> dict[str, GraphTemplate] | None:
     """Return whole graphs for those that `traced` makes of the model with few layers; None if one fails."""
-    weightless = build_weightless(model_dir, task, torch_dtype(dtype))
     stacks = find_stacks(weightless)
     if not stacks:
         return None

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
+
+from .quality import Quality
 
 
 @dataclass(frozen=True)
@@ -18,7 +21,12 @@ class Check:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """All checks of one candidate against one base model and adapter."""
+    """All checks of one candidate against one base model and adapter.
+
+    Attributes:
+        error: the largest of an output, where it is held to `tolerance`.
+        quality: what was measured instead, where the candidate is quantised.
+    """
 
     candidate: str
     model: str
@@ -26,6 +34,7 @@ class VerifyReport:
     checks: tuple[Check, ...]
     error: float | None = None
     tolerance: float | None = None
+    quality: Quality | None = None
 
     @property
     def passed(self) -> bool:
@@ -39,9 +48,15 @@ class VerifyReport:
             "model": self.model,
             "adapter": self.adapter,
             "passed": self.passed,
-            "logits": {"largest_error": self.error, "tolerance": self.tolerance},
+            "logits": {"largest_error": _number(self.error), "tolerance": _number(self.tolerance)},
+            "quality": None if self.quality is None else self.quality.to_json(),
             "checks": [
                 {"name": c.name, "passed": c.passed, "figure": c.figure, "failures": list(c.failures)}
                 for c in self.checks
             ],
         }
+
+
+def _number(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None

@@ -167,6 +167,7 @@ def seq2seq(model: Any, config: Any, dtype: torch.dtype) -> dict[str, Traced]:
             (both, both, [{0: dynamic, 2: dynamic}] * len(past)),
             step | cached("past_key_values", PAST_SEQUENCE, cross=True),
             logits | cached("present", PRESENT_SEQUENCE, cross=False),
+            past=cross_names("past_key_values", 1)[0][1],
         ),
     }
 

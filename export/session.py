@@ -5,6 +5,7 @@ Needs onnxruntime and NumPy alone.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import onnxruntime
 
 from loracle.files.json_file import read_json_object
-from loracle.reference import ConfigError, DataError, FileError, ShapeError
+from loracle.reference import ConfigError, FileError, ShapeError
 
 from .names import (
     ATTENTION_MASK,
@@ -23,13 +24,16 @@ from .names import (
     INPUT_IDS,
     LOGITS,
     LOGITS_TO_KEEP,
+    OPTIONS_KEY,
+    model_folder,
     past_names,
     present_names,
 )
+from .prompts import padded
 
 Array = np.ndarray[Any, Any]
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
@@ -72,7 +76,7 @@ def context_length(folder: str | Path) -> int | None:
 
     Raises FileError where the entry is no positive integer.
     """
-    path = Path(folder) / GENAI_FILE
+    path = model_folder(folder) / GENAI_FILE
     if not path.is_file():
         return None
     model = read_json_object(path).get("model")
@@ -82,6 +86,30 @@ def context_length(folder: str | Path) -> int | None:
     if not isinstance(length, int) or length < 1:
         raise FileError(f"{path}: model.context_length: expected a positive integer, got {length!r}")
     return length
+
+
+def check_capacity(folder: str | Path, capacity: int) -> None:
+    """Raise ConfigError where the model in a folder has not as many positions."""
+    context = context_length(folder)
+    if context is not None and capacity > context:
+        raise ConfigError(
+            f"capacity: expected at most the model's context of {context} tokens, got {capacity}"
+        )
+
+
+def grows(session: onnxruntime.InferenceSession) -> bool:
+    """Whether a graph returns a cache that has grown, instead of one that it has appended to in place.
+
+    Raises FileError where the graph's metadata cannot be read.
+    """
+    told = session.get_modelmeta().custom_metadata_map.get(OPTIONS_KEY)
+    if told is None:
+        return False
+    try:
+        options = json.loads(told)
+    except ValueError as error:
+        raise FileError(f"{OPTIONS_KEY}: expected the options of a graph, got {told[:80]!r}") from error
+    return isinstance(options, dict) and options.get("portable") is True
 
 
 class DecoderSession:
@@ -102,6 +130,8 @@ class DecoderSession:
         rows: rows that are still computed, see `keep`.
     """
 
+    _grows = False
+
     def __init__(
         self,
         source: str | Path | onnxruntime.InferenceSession,
@@ -117,32 +147,33 @@ class DecoderSession:
         if isinstance(source, onnxruntime.InferenceSession):
             session = source
         else:
-            context = context_length(source)
-            if context is not None and capacity > context:
-                raise ConfigError(
-                    f"capacity: expected at most the model's context of {context} tokens, got {capacity}"
-                )
+            check_capacity(source, capacity)
             session = open_session(source, threads)
+        if grows(session) is not self._grows:
+            raise FileError(
+                f"cache: expected one that {'grows' if self._grows else 'is appended to in place'}, got the "
+                "other kind; open the model with open_decoder"
+            )
         inputs = {entry.name: entry for entry in session.get_inputs()}
         outputs = {entry.name: entry for entry in session.get_outputs()}
         self._past, self._present = _cache_names(list(inputs), list(outputs))
         first = inputs[self._past[0]]
         for name, kind in ((self._past[0], first.type), (LOGITS, outputs[LOGITS].type)):
-            if kind not in _DTYPES:
+            if kind not in DTYPES:
                 raise FileError(
-                    f"{name}: expected one of {', '.join(_DTYPES)}, got {kind}; export in fp32 or fp16"
+                    f"{name}: expected one of {', '.join(DTYPES)}, got {kind}; export in fp32 or fp16"
                 )
         self.session = session
         self.capacity = capacity
         self.batch = batch
-        self.dtype = _DTYPES[outputs[LOGITS].type]
+        self.dtype = DTYPES[outputs[LOGITS].type]
         self.vocabulary = int(outputs[LOGITS].shape[-1])
         self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
         self._keeps_last = LOGITS_TO_KEEP in inputs or any(
             entry.name == LOGITS_TO_KEEP for entry in session.get_overridable_initializers()
         )
         self._cache_shape = (batch, int(first.shape[1]), capacity, int(first.shape[3]))
-        self._cache_dtype = _DTYPES[first.type]
+        self._cache_dtype = DTYPES[first.type]
         self._mask = np.zeros(batch * capacity, np.int64)
         self.rows = 0
         self.reset()
@@ -176,6 +207,15 @@ class DecoderSession:
         step.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
         self._step_logits = logits[:, 0]
 
+    def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+        """Raise ShapeError where the capacity has no room for the prompts and their answers."""
+        needed = max(map(len, prompts), default=0) + new_tokens - 1  # the last token is not read
+        if needed > self.capacity:
+            raise ShapeError(
+                f"capacity: expected at least {needed} for the longest prompt and {new_tokens} new tokens, "
+                f"got {self.capacity}; open the session with a larger capacity"
+            )
+
     def prefill(self, prompts: Sequence[Sequence[int] | Array]) -> Array:
         """Forget the texts and begin each row with a prompt.
 
@@ -192,35 +232,18 @@ class DecoderSession:
             ShapeError: another number of prompts than rows, an empty prompt, or one longer than the capacity.
             DataError: a token that the model does not have.
         """
-        if len(prompts) != self.batch:
-            raise ShapeError(
-                f"prompts: expected {self.batch}, one a row, got {len(prompts)}; "
-                f"open the session with batch={len(prompts)}"
-            )
-        lengths = [len(prompt) for prompt in prompts]
-        for number, length in enumerate(lengths, 1):
-            if not 1 <= length <= self.capacity:
-                raise ShapeError(
-                    f"prompt {number}: expected 1 to {self.capacity} tokens, got {length}; "
-                    "open the session with a larger capacity"
-                )
-        longest = max(lengths)
-        tokens = np.zeros((self.batch, longest), np.int64)
-        mask = np.zeros((self.batch, longest), np.int64)
-        for row, prompt in enumerate(prompts):
-            tokens[row, longest - lengths[row] :] = prompt
-            mask[row, longest - lengths[row] :] = 1
-        for number, own in enumerate(tokens, 1):
-            wrong = own[(own < 0) | (own >= self.vocabulary)]
-            if wrong.size:
-                raise DataError(
-                    f"prompt {number}: expected tokens from 0 to {self.vocabulary - 1}, got {wrong[0]}; "
-                    "use the model's own tokenizer"
-                )
+        tokens, mask = padded(
+            prompts,
+            self.batch,
+            self.capacity,
+            self.vocabulary,
+            left=True,
+            remedy="open the session with a larger capacity",
+        )
         self.reset()
         logits: Array = self._run(tokens, mask, last_only=True)[:, -1]
-        self.length = longest
-        self._padding = longest - np.array(lengths, np.int64)
+        self.length = tokens.shape[1]
+        self._padding = self.length - mask.sum(1)
         return logits
 
     def step(self, ids: Array) -> Array:

@@ -29,6 +29,11 @@ class Task:
     cached: bool = False
     encoded: bool = False
 
+    @property
+    def pooled(self) -> bool:
+        """Whether there is one answer for each row, whatever its length."""
+        return self.name in ("text-classification", "image-classification")
+
 
 TASKS = (
     Task("text-generation", "AutoModelForCausalLM", ("ForCausalLM", "LMHeadModel"), ("logits",), cached=True),

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, FileError
 
-from .names import GENAI_FILE
+from .names import GENAI_FILE, model_folder
 from .streaming import AnswerText, StopFilter
 
 # Files that name the end tokens, and the section where they do.
@@ -26,7 +26,7 @@ _END_TOKENS = (("generation_config.json", None), (GENAI_FILE, "model"), ("config
 
 
 class TextModel:
-    """The tokenizer files of a model folder.
+    """The tokenizer files of a model folder, or of the folder of a graph.
 
     Attributes:
         stop: tokens that end an answer, as the first of `generation_config.json`, `genai_config.json` and
@@ -34,11 +34,14 @@ class TextModel:
     """
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        folder = model_folder(folder)
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise FileError(f"{path}: expected a fast tokenizer's file, found none")
         self.tokenizer = Tokenizer.from_file(str(path))
+        # Some files ask for a fixed length, which transformers does not heed either.
+        self.tokenizer.no_padding()
+        self.tokenizer.no_truncation()
         config_path = folder / "tokenizer_config.json"
         self._config = read_json_object(config_path) if config_path.is_file() else {}
         template_path = folder / "chat_template.jinja"

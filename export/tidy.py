@@ -11,12 +11,14 @@ import onnxscript.optimizer
 from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
 from .names import BATCH, SEQUENCE
+from .skips import mark_sums
 
 
-def tidy(model: ir.Model, weights: frozenset[str]) -> None:
+def tidy(model: ir.Model, weights: frozenset[str], *, standard: bool = False) -> None:
     """Optimise `model` in place; the initializers named in `weights` have no values and are left alone.
 
     A weight is shown to the optimiser as a graph input, so nothing that depends on it can be folded.
+    Where the graph is to be of `standard` operators, sums are not marked for others (`skips.py`).
     """
     graph = model.graph
     hidden = [graph.initializers.pop(name) for name in sorted(weights)]
@@ -25,6 +27,8 @@ def tidy(model: ir.Model, weights: frozenset[str]) -> None:
     _drop_reshape_pairs(graph)
     _copy_sizes(graph)
     onnxscript.optimizer.optimize(model)
+    if not standard:
+        mark_sums(graph)
     for value in hidden:
         graph.inputs.remove(value)
         graph.initializers[str(value.name)] = value
@@ -47,8 +51,8 @@ def _drop_reshape_pairs(graph: ir.Graph) -> None:
 
 
 def _copy_sizes(graph: ir.Graph) -> None:
-    """Where all that varies in the shape asked of a `Reshape` are its input's own sizes at the same place,
-    let it copy them (a 0 in a constant shape) instead of computing the shape."""
+    """Where what varies in the shape asked of a `Reshape` are its input's own sizes at the same place, let it
+    copy them (a 0 in a constant shape) and infer one size more (-1) instead of computing the shape."""
     made: dict[tuple[int, ...], ir.Value] = {}
     for node in graph:
         if node.op_type != "Reshape" or node.inputs[0] is None or node.inputs[1] is None:
@@ -60,7 +64,7 @@ def _copy_sizes(graph: ir.Graph) -> None:
             size if isinstance(size, int) else 0 if _same_size(size, given, axis) else -1
             for axis, size in enumerate(asked)
         )
-        if -1 in sizes or 0 in asked:
+        if sizes.count(-1) > 1 or 0 in asked:
             continue
         if sizes not in made:
             tensor = ir.tensor(np.array(sizes, np.int64), name="sizes_" + "_".join(map(str, sizes)))
@@ -123,7 +127,7 @@ def name_values(model: ir.Model, weights: frozenset[str]) -> None:
         node.name = f"{node.op_type}_{turns[node.op_type]}"
         turns[node.op_type] += 1
         for number, value in enumerate(node.outputs):
-            if not value.is_graph_output():
+            if value.name != "" and not value.is_graph_output():
                 value.name = f"{node.name}.{number}" if number else node.name
     for value in (*graph.inputs, *held, *(v for node in graph for v in node.outputs)):
         value.metadata_props.clear()

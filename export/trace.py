@@ -15,8 +15,12 @@ import torch
 
 from loracle.reference import ConfigError, TargetError
 
+from .experts import fuse_experts
+from .growing_decoder import growing_decoder
 from .last_logits import keep_last
+from .lowering import read_sizes_of_first
 from .operators import fuse_modules
+from .past_length import let_length_be_told
 from .seq2seq import seq2seq
 from .tasks import Task
 from .template import GraphTemplate
@@ -42,18 +46,23 @@ def _quiet() -> Iterator[None]:
             logger.setLevel(level)
 
 
-def trace(model_dir: Path, task: Task, dtype: np.dtype[Any]) -> GraphTemplate:
+def trace(
+    model_dir: Path, task: Task, dtype: np.dtype[Any], *, portable: bool = False, trusted: bool = False
+) -> GraphTemplate:
     """Trace the model that `model_dir/config.json` describes.
 
     Args:
         model_dir: a transformers folder; only its `config.json` is read.
         task: which of the architecture's models, and with which outputs.
         dtype: float32 or float16, the graph's floating-point type.
+        portable: whether attention is in standard operators, and the cache one that grows.
+        trusted: whether the folder's own modelling code may run.
 
     Raises:
         ConfigError: the architecture or the dtype cannot be exported.
     """
-    return trace_model(build_weightless(model_dir, task, torch_dtype(dtype)), task, dtype)
+    weightless = build_weightless(model_dir, task, torch_dtype(dtype), portable=portable, trusted=trusted)
+    return trace_model(weightless, task, dtype)
 
 
 def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
@@ -66,8 +75,12 @@ def torch_dtype(dtype: np.dtype[Any]) -> torch.dtype:
 def trace_model(weightless: WeightlessModel, task: Task, dtype: np.dtype[Any]) -> GraphTemplate:
     """Trace a model that has been built already; it is used up. See `trace`."""
     model: Any = weightless.model
+    fuse_experts(model)
     fuse_modules(model)
-    traced = (decoder if task.cached else encoder)(model, weightless.config, task, torch_dtype(dtype))
+    if task.cached and weightless.portable:
+        traced = growing_decoder(model, weightless.config, torch_dtype(dtype))
+    else:
+        traced = (decoder if task.cached else encoder)(model, weightless.config, task, torch_dtype(dtype))
     return _graph(traced, weightless, dtype)
 
 
@@ -101,10 +114,14 @@ def _graph(traced: Traced, weightless: WeightlessModel, dtype: np.dtype[Any]) ->
         raise TargetError(f"{type(model).__name__}: torch.onnx.export returned no program")
     graph_model = program.model
     aliases, unused = _name_weights(graph_model, weightless.aliases)
-    tidy(graph_model, frozenset(aliases))
+    if weightless.portable and traced.shape is not None:
+        read_sizes_of_first(graph_model.graph)
+    tidy(graph_model, frozenset(aliases), standard=weightless.portable)
     name_dimensions(graph_model, traced.inputs, traced.outputs)
     if traced.head is not None:
         keep_last(graph_model, traced.head, aliases)
+    if traced.past is not None:
+        let_length_be_told(graph_model, traced.past)
     name_values(graph_model, frozenset(aliases))
     ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     return GraphTemplate(

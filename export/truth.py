@@ -7,7 +7,10 @@ factor, is the tolerance for a model evaluated in that precision.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loracle.files import Adapter
+from loracle.files.checkpoint import is_module
+from loracle.files.json_file import read_json_object
+from loracle.files.sidecar import CONFIG_FILE, config_bytes
+from loracle.files.ties import EMBEDDINGS
 from loracle.reference import ConfigError, unit_roundoff
 from loracle.torch_impl.adapter_io import load_adapter
 from loracle.torch_impl.loading import quiet_transformers
@@ -26,6 +33,7 @@ from loracle.torch_impl.loading import quiet_transformers
 from .adapter_noise import as_merged
 from .float64_mode import in_float64
 from .rounding_noise import RoundingNoise
+from .stacked_adapter import with_experts_stacked
 from .tasks import TASKS, Task
 
 #: The tolerance is this many times the largest deviation sampled: the maximum of a few draws lies below the
@@ -35,8 +43,6 @@ FACTOR = 2.0
 SAMPLES = 4
 
 _CAUSAL = next(task for task in TASKS if task.name == "text-generation")
-# Heads that answer once for each row, whatever its length.
-_POOLED = ("text-classification", "image-classification")
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,21 @@ class Float64Model:
         model_dir: transformers folder; its weights are widened, exactly.
         adapter: None for the base model alone.
         task: which of the architecture's models, and with which outputs.
+        config: the content of the merged model's `config.json`, where the adapter changes it: a head or a
+            vocabulary that the checkpoint has not comes from the adapter then. None for the folder's own.
+        trusted: whether the folder's own modelling code may run.
     """
 
-    def __init__(self, model_dir: str | Path, adapter: Adapter | None, task: Task = _CAUSAL) -> None:
-        with quiet_transformers():
+    def __init__(
+        self,
+        model_dir: str | Path,
+        adapter: Adapter | None,
+        task: Task = _CAUSAL,
+        config: Mapping[str, Any] | None = None,
+        *,
+        trusted: bool = False,
+    ) -> None:
+        with quiet_transformers(), _changed(model_dir, config, trusted) as changes:
             model = getattr(transformers, task.auto).from_pretrained(
                 model_dir,
                 dtype=torch.float64,
@@ -75,9 +92,12 @@ class Float64Model:
                 attn_implementation="eager",
                 experts_implementation="eager",
                 local_files_only=True,
+                trust_remote_code=trusted,
+                **changes,
             )
         if adapter is not None:
-            load_adapter(model, adapter)
+            _put_embeddings(model, adapter)
+            load_adapter(model, with_experts_stacked(adapter, model))
         model.double().eval()
         model.config.use_cache = False
         self._model: Any = model
@@ -133,7 +153,7 @@ class Float64Model:
         truths = {}
         sampled = self._sampled(feeds, dtype, samples, seed)
         for name, (exact, spread) in zip(self._task.outputs, sampled, strict=True):
-            if mask is not None and self._task.name not in _POOLED and spread.shape[:2] == mask.shape:
+            if mask is not None and not self._task.pooled and spread.shape[:2] == mask.shape:
                 spread = spread[torch.from_numpy(mask) == 1]
             truths[name] = Truth(exact.numpy(), float(spread.max()))
         return truths
@@ -159,6 +179,34 @@ class Float64Model:
         with in_float64(self._model, noise) as mode, as_merged(self._model, mode):
             answer = self._model(**inputs)
         return [answer[name] for name in self._task.outputs]
+
+
+@contextmanager
+def _changed(
+    model_dir: str | Path, config: Mapping[str, Any] | None, trusted: bool
+) -> Iterator[dict[str, Any]]:
+    """What transformers is told where `config` is not the folder's: it, and to take what the adapter has."""
+    if config is None or config == read_json_object(Path(model_dir) / CONFIG_FILE):
+        yield {}
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / CONFIG_FILE).write_bytes(config_bytes({**config}))
+        for path in Path(model_dir).glob("*.py"):
+            shutil.copyfile(path, Path(folder) / path.name)
+        own = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=trusted, local_files_only=True
+        )
+        yield {"config": own, "ignore_mismatched_sizes": True}
+
+
+def _put_embeddings(model: Any, adapter: Adapter) -> None:
+    """Give the model the embeddings that the adapter's file holds, as a merge does, in place."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name, array in adapter.tensors.items():
+        held = parameters.get(name)
+        if is_module(name, EMBEDDINGS) and held is not None and tuple(held.shape) == array.shape:
+            with torch.no_grad():
+                held.copy_(torch.from_numpy(array.astype(np.float64)))
 
 
 def _tensor(array: NDArray[Any]) -> Tensor:

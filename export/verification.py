@@ -16,19 +16,15 @@ from .architecture import check_supported
 from .candidate import Candidate, is_exported, open_candidate
 from .graph_diff import first_difference
 from .graphs import graph_files, graph_templates
+from .matching import WeightSource
 from .names import GRAPH_FILE
-from .outputs_check import check_outputs
+from .outputs import check_outputs
+from .quality import Quality
 from .report import Check, VerifyReport
 from .template import GraphTemplate
-from .text import TextModel
-from .weight_check import TensorDifference, compare_tensors
+from .weight_check import TensorDifference, compare_computed, compare_tensors
 from .write import BoundTensors, Progress
 
-PROMPTS = (
-    "The capital of France is",
-    "Translate the word 'house' into German:",
-    "def mean(values):\n    ",
-)
 _NAMED = 8
 
 
@@ -37,16 +33,29 @@ def verify(
     model_dir: str | Path,
     adapter_dir: str | Path | None = None,
     *,
-    prompts: Sequence[str] = PROMPTS,
+    prompts: Sequence[str] | None = None,
     new_tokens: int = 16,
+    trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
     """Check a candidate against the base model and adapter it is said to be.
 
     For an ONNX folder: (a) the graph is node for node the base model's; (b) every initializer is bit for bit
     the correctly rounded merge; (c) onnxruntime's logits, at the prompt and at every generated token, lie
-    inside the sampled bound around the unmerged model in float64; (d) its greedy tokens are that model's, or
-    the first difference is smaller than the bound explains. For a checkpoint folder: (b) alone.
+    inside the sampled bound around the unmerged model in float64; (d) its greedy tokens, or most likely
+    classes, are that model's, or the first difference is smaller than the bound explains. For a checkpoint
+    folder: (b) alone.
+
+    For a quantised ONNX folder (b) is of every code, scale and zero point, and no bound says what (c) and (d)
+    may be: the outputs must be finite numbers, and their distance from the truth is measured
+    (`VerifyReport.quality`).
+
+    Args:
+        candidate_dir: a folder, or the graph of one task of a deployment.
+        prompts: what outputs are compared on; None for our own, or without a tokenizer seeded tokens.
+        new_tokens: how many tokens a model with a cache writes after each.
+        trust_remote_code: whether modelling code of the model's own may run, from `model_dir` alone.
+        progress: called with (tensors compared, tensors in all).
 
     Raises:
         LoracleError: an input is missing or malformed. A failed check is in the report, not an error.
@@ -57,20 +66,29 @@ def verify(
         weights = MergedWeights(checkpoint, adapter)
         error: float | None = None
         tolerance: float | None = None
+        quality: Quality | None = None
         if is_exported(candidate_dir):
             config = weights.config
-            task = check_supported(config, str(Path(model_dir) / CONFIG_FILE))
+            task = check_supported(config, str(Path(model_dir) / CONFIG_FILE), trusted=trust_remote_code)
+            trusted = bool(config.get("auto_map"))
             candidate = open_candidate(candidate_dir, graph_files(task))
-            templates = graph_templates(checkpoint, config, task, candidate.options)
+            templates = graph_templates(checkpoint, config, task, candidate.options, trusted=trusted)
             checks = [
                 _check_graphs(candidate, templates),
                 _check_initializers(candidate, templates, weights, progress),
             ]
             outputs = check_outputs(
-                candidate, model_dir, adapter, _encoded(candidate.folder, prompts), new_tokens=new_tokens
+                task,
+                candidate,
+                model_dir,
+                adapter,
+                config,
+                prompts,
+                new_tokens=new_tokens,
+                trusted=trusted,
             )
             checks += outputs.checks
-            error, tolerance = outputs.error, outputs.tolerance
+            error, tolerance, quality = outputs.error, outputs.tolerance, outputs.quality
         elif any(candidate_dir.glob("*.safetensors")):
             checks = _check_checkpoint(candidate_dir, weights, progress)
         else:
@@ -84,12 +102,8 @@ def verify(
         tuple(checks),
         error,
         tolerance,
+        quality,
     )
-
-
-def _encoded(folder: Path, prompts: Sequence[str]) -> list[list[int]]:
-    text = TextModel(folder)
-    return [text.encode(prompt) for prompt in prompts]
 
 
 def _check_graphs(candidate: Candidate, templates: Mapping[str, GraphTemplate]) -> Check:
@@ -111,30 +125,35 @@ def _check_initializers(
     tensors = BoundTensors(list(templates.values()), weights)
     failures: list[str] = []
     held: dict[str, np.ndarray[Any, Any]] = {}
-    for template in templates.values():
-        for name in template.unbound:
+    for file, template in templates.items():
+        for name in sorted(template.unbound):
+            if not candidate.is_shared(file, name):
+                failures.append(f"{file}: {name}: expected the tensor of the other graphs, got another")
             tensor = candidate.tensor(name)
             expected = template.shape(name)
+            value = template.model.graph.initializers[name]
+            dtype = template.dtype if value.dtype is None else value.dtype.numpy()
             if tensor is None:
                 failures.append(f"{name}: expected among the initializers, found none")
-            elif tensor.shape != expected or tensor.dtype != template.dtype:
-                failures.append(
-                    f"{name}: expected {expected} {template.dtype}, got {tensor.shape} {tensor.dtype}"
-                )
+            elif tensor.shape != expected or tensor.dtype != dtype:
+                failures.append(f"{name}: expected {expected} {dtype}, got {tensor.shape} {tensor.dtype}")
             else:
                 held.update(tensors.parts(name, tensor))
-    differences = compare_tensors(
+    computed = [name for name in held if name not in tensors.found]
+    differences = compare_computed(tensors, {name: held[name] for name in computed}, progress)
+    differences += compare_tensors(
         held.__getitem__,
         [(weight, tensors.found[weight]) for weight in tensors.found if weight in held],
-        weights,
-        frozenset(weights.merged_names),
+        tensors.source,
+        frozenset(tensors.source.merged_names),
         candidate.options.numpy_dtype,
-        weights.base_tensor,
+        tensors.source.base_tensor,
         progress,
     )
-    return _bits_check(
-        "initializers are the correctly rounded merge", tensors.found, weights, failures, differences
-    )
+    name = "initializers are the correctly rounded merge"
+    if candidate.options.quantization is not None:
+        name += f", quantised to {candidate.options.quantization}"
+    return _bits_check(name, tensors.found, tensors.source, failures, differences)
 
 
 def _check_checkpoint(folder: Path, weights: MergedWeights, progress: Progress | None) -> list[Check]:
@@ -170,7 +189,7 @@ def _check_checkpoint(folder: Path, weights: MergedWeights, progress: Progress |
 def _bits_check(
     name: str,
     tensors: Collection[str],
-    weights: MergedWeights,
+    weights: WeightSource,
     failures: list[str],
     differences: Sequence[TensorDifference],
 ) -> Check:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .matching import WeightSource
-from .write import Progress
+from .write import BoundTensors, Progress
 
 _BLOCK_BYTES = 16 << 20
 
@@ -96,4 +96,27 @@ def compare_tensors(
         source.release(held)
         if progress is not None:
             progress(done, len(pairs))
+    return found
+
+
+def compare_computed(
+    tensors: BoundTensors, candidate: Mapping[str, np.ndarray[Any, Any]], progress: Progress | None = None
+) -> list[TensorDifference]:
+    """Compare what is computed of weights, initializer after initializer, in the order of `candidate`.
+
+    Args:
+        tensors: the merged model's.
+        candidate: the initializers to compare.
+    """
+    merged = frozenset(tensors.source.merged_names)
+    found = []
+    for done, (name, got) in enumerate(candidate.items(), 1):
+        changed = any(tensors.found[weight] in merged for weight in tensors.weights(name))
+        without = (lambda name=name: tensors.base_tensor(name)) if changed else None
+        difference = compare_tensor(name, got, tensors.tensor(name), without)
+        if difference is not None:
+            found.append(difference)
+        tensors.release(name)
+        if progress is not None:
+            progress(done, len(candidate))
     return found

@@ -49,6 +49,7 @@ class Traced:
         dynamic: which dimensions vary, as `torch.export` takes it.
         inputs, outputs: names, with the shapes that are known already; a name stands for a size that varies.
         head: name of the output layer's weight, where only some positions may be asked for.
+        past: name of the input whose length is that of a cache, where it may be told instead.
         shape: a decoder's sizes.
     """
 
@@ -59,6 +60,7 @@ class Traced:
     outputs: dict[str, Shape]
     head: str | None = None
     shape: DecoderShape | None = None
+    past: str | None = None
 
 
 class Decoder(nn.Module):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,15 @@ import numpy as np
 import onnx_ir as ir
 
 from loracle.files import require_space
+from loracle.files.merged_checkpoint import BLOCK_BYTES
 from loracle.files.safetensors_writer import Sink, write_array
+from loracle.files.write_behind import WriteBehind
 
+from .expert_weights import unstacked
 from .matching import WeightSource, names_in_checkpoint
 from .names import DATA_FILE, GRAPH_SUFFIX
 from .recipes import RECIPES
-from .template import GraphTemplate
+from .template import GraphTemplate, Made
 
 # A memory map starts at a page; onnxruntime maps external data whose offset is a multiple of this.
 ALIGNMENT = 4096
@@ -38,14 +42,19 @@ class BoundTensors:
     """The values of the stored initializers of a model's graphs, one at a time: weights from `source`, and
     constants.
 
+    Attributes:
+        source: with each expert's weights apart, as the graphs have them.
+        found: weight -> its name in `source`.
+
     Raises TargetError or ShapeError where `source` is not of the templates' model (`names_in_checkpoint`).
     """
 
     def __init__(self, templates: Sequence[GraphTemplate], source: WeightSource) -> None:
-        self.found = names_in_checkpoint(templates, source)
-        self._source = source
-        self._dtype = templates[0].dtype
         self._made = {name: made for template in templates for name, made in template.made.items()}
+        self.source = unstacked(templates, source)
+        self.found = names_in_checkpoint(templates, self.source)
+        self._dtype = templates[0].dtype
+        self._computed: tuple[object, Sequence[np.ndarray[Any, Any]]] | None = None
         self._constants = {
             name: value.const_value
             for template in templates
@@ -59,39 +68,83 @@ class BoundTensors:
             return self._made[name].sources
         return (name,) if name in self.found else ()
 
-    def pieces(self, name: str) -> Sequence[np.ndarray[Any, Any]]:
+    def pieces(self, name: str) -> Iterable[np.ndarray[Any, Any]]:
         """The tensor of an initializer, rounded once to the template's dtype where it is a weight, as arrays
-        that follow one another."""
+        that follow one another, each made when it is due."""
         if name in self._made:
             made = self._made[name]
-            return RECIPES[made.recipe].pieces([self._weight(weight) for weight in made.sources])
+            recipe = RECIPES[made.recipe]
+            if recipe.in_order:
+                return chain.from_iterable(map(self._blocks, made.sources))
+            return recipe.pieces(self._ingredients(made))
         if name in self.found:
-            return [self._weight(name)]
+            return self._blocks(name)
         constant = self._constants[name]
         assert constant is not None
         return [constant.numpy()]
 
     def parts(self, name: str, tensor: np.ndarray[Any, Any]) -> dict[str, np.ndarray[Any, Any]]:
         """The weights in somebody's tensor of an initializer's shape; the tensor itself under its own name
-        where it is no more than one."""
+        where it is no more than one, or something computed of them."""
         made = self._made.get(name)
-        if made is None:
+        parts = None if made is None else RECIPES[made.recipe].parts
+        if made is None or parts is None:
             return {name: tensor}
-        shapes = [tuple(self._source.shape(self.found[weight])) for weight in made.sources]
-        return dict(zip(made.sources, RECIPES[made.recipe].parts(tensor, shapes), strict=True))
+        shapes = [tuple(self.source.shape(self.found[weight])) for weight in made.sources]
+        return dict(zip(made.sources, parts(tensor, shapes), strict=True))
 
     def tensor(self, name: str) -> np.ndarray[Any, Any]:
-        """A weight, rounded once to the template's dtype, or a constant."""
+        """A weight, rounded once to the template's dtype, something computed of weights, or a constant."""
+        if name in self.found:
+            return self._weight(name)
         (tensor,) = self.pieces(name)
+        return tensor
+
+    def base_tensor(self, name: str) -> np.ndarray[Any, Any] | None:
+        """What `tensor` would be without the adapter, of an initializer that is computed of weights; None
+        where the base has not all of them."""
+        made = self._made[name]
+        weights = []
+        for weight in made.sources:
+            base = self.source.base_tensor(self.found[weight], self._dtype)
+            if base is None:
+                return None
+            weights.append(base)
+        recipe = RECIPES[made.recipe]
+        assert recipe.compute is not None
+        (tensor,) = recipe.pieces(recipe.compute(weights, made.sources))
         return tensor
 
     def release(self, name: str) -> None:
         """Let go of the memory that an initializer's weights take in the mapped checkpoint."""
         for weight in self.weights(name):
-            self._source.release(self.found[weight])
+            self.source.release(self.found[weight])
+
+    def _ingredients(self, made: Made) -> Iterable[np.ndarray[Any, Any]]:
+        """The weights, or what is computed of them: that is kept until something else is computed."""
+        weights = map(self._weight, made.sources)
+        compute = RECIPES[made.recipe].compute
+        if compute is None:
+            return weights
+        key = (compute, made.sources)
+        if self._computed is None or self._computed[0] != key:
+            self._computed = None
+            self._computed = (key, compute(list(weights), made.sources))
+        return self._computed[1]
+
+    def _blocks(self, name: str) -> Iterator[np.ndarray[Any, Any]]:
+        """A weight, a few rows at a time."""
+        held, shape = self.found[name], self.source.shape(self.found[name])
+        rows = max(1, BLOCK_BYTES // max(1, math.prod(shape[1:]) * self._dtype.itemsize))
+        if not shape or rows >= shape[0]:
+            yield self._weight(name)
+            return
+        for start in range(0, shape[0], rows):
+            yield self.source.rows(held, start, min(start + rows, shape[0]), self._dtype)
+            self.source.release(held)
 
     def _weight(self, name: str) -> np.ndarray[Any, Any]:
-        return self._source.tensor(self.found[name], self._dtype)
+        return self.source.tensor(self.found[name], self._dtype)
 
 
 def stored(template: GraphTemplate) -> list[ir.Value]:
@@ -136,17 +189,18 @@ def refer(value: ir.Value, location: str, offset: int, folder: Path) -> None:
 
 
 def write_data(sink: Sink, layout: Layout, tensors: BoundTensors, progress: Progress | None = None) -> None:
-    """Write a data file: each tensor is read, merged and written before the next is touched."""
+    """Write a data file, piece by piece: while one is written, the next is read and merged."""
     end = 0
-    for name, offset in layout.offsets.items():
-        sink.write(b"\0" * (offset - end))
-        end = offset
-        for piece in tensors.pieces(name):
-            write_array(sink, piece)
-            end += piece.nbytes
-        tensors.release(name)
-        if progress is not None:
-            progress(end, layout.nbytes)
+    with WriteBehind(sink) as behind:
+        for name, offset in layout.offsets.items():
+            behind.write(b"\0" * (offset - end))
+            end = offset
+            for piece in tensors.pieces(name):
+                write_array(behind, piece)
+                end += piece.nbytes
+            tensors.release(name)
+            if progress is not None:
+                progress(end, layout.nbytes)
 
 
 def graph_bytes(template: GraphTemplate) -> bytes:

@@ -17,6 +17,7 @@ CLASSIFIERS = (SEQUENCE, TOKEN, IMAGE)
 """How the names of classes end whose outputs are labels."""
 
 Renames = tuple[tuple[str, str], ...]
+Experts = Mapping[str, tuple[str, ...]]
 
 OLD_NAMES: Renames = ((r"LayerNorm\.gamma", "LayerNorm.weight"), (r"LayerNorm\.beta", "LayerNorm.bias"))
 """Expressions for parts of names in old checkpoints, and what transformers takes them for."""
@@ -49,11 +50,15 @@ class Architecture:
         prefix: ``base_model_prefix``: what the body's names begin with in a class with a head.
         heads: end of a class's name to the class.
         renames: expressions for parts of names in checkpoints, and what the model calls them.
+        experts: the parameters of a mixture's module ``experts``, in its order, (E, out, in) each; and the
+            modules of one expert, in a checkpoint that has not stacked them, whose weights' rows follow one
+            another in such a parameter.
     """
 
     prefix: str
     heads: Mapping[str, HeadedClass] = field(default_factory=dict)
     renames: Renames = ()
+    experts: Experts = field(default_factory=dict)
 
 
 def _with_heads(stem: str, prefix: str, **heads: tuple[str, ...]) -> Architecture:
@@ -73,6 +78,12 @@ def _decoder(
 ) -> Architecture:
     heads = {} if token is None else {"token": (token,)}
     return replace(_with_heads(stem, prefix, sequence=("score",), **heads), renames=renames)
+
+
+def _mixture(stem: str, gate: str, up: str, down: str, renames: Renames = ()) -> Architecture:
+    """A decoder with experts; the arguments are the names of an expert's three modules."""
+    experts = {"gate_up_proj": (gate, up), "down_proj": (down,)}
+    return replace(_decoder(stem, renames=renames), experts=experts)
 
 
 def _seq2seq(stem: str, prefix: str) -> Architecture:
@@ -100,16 +111,16 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": _decoder("Llama"),
     "mbart": _seq2seq("MBart", "model"),
     "mistral": _decoder("Mistral"),
-    "mixtral": _decoder("Mixtral", renames=((r"\.block_sparse_moe\.", ".mlp."),)),
+    "mixtral": _mixture("Mixtral", "w1", "w3", "w2", ((r"\.block_sparse_moe\.", ".mlp."),)),
     "mpnet": _encoder("MPNet", "mpnet"),
     "mt5": _seq2seq("MT5", "transformer"),
     "opt": _decoder("OPT", token=None),
     "phi": _decoder("Phi"),
     "phi3": _decoder("Phi3"),
     "qwen2": _decoder("Qwen2"),
-    "qwen2_moe": _decoder("Qwen2Moe"),
+    "qwen2_moe": _mixture("Qwen2Moe", "gate_proj", "up_proj", "down_proj"),
     "qwen3": _decoder("Qwen3"),
-    "qwen3_moe": _decoder("Qwen3Moe"),
+    "qwen3_moe": _mixture("Qwen3Moe", "gate_proj", "up_proj", "down_proj"),
     "roberta": _encoder("Roberta", "roberta"),
     "smollm3": _decoder("SmolLM3"),
     "stablelm": _decoder("StableLm"),

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from loracle.reference import FileError
 
-from .architectures import architecture_of
+from .architectures import Experts, architecture_of
 from .checkpoint import Checkpoint
 from .tensor_names import TensorNames
 
@@ -24,6 +24,7 @@ class BaseTensors:
         names: in the order of ``sources``, or of the checkpoint.
         tied: whether input and output embeddings are one tensor; never so where ``sources`` are those of a
             class with a head of its own.
+        experts: how the weights of a mixture's experts are named; empty for other models.
     """
 
     def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, str] | None = None) -> None:
@@ -33,7 +34,14 @@ class BaseTensors:
         )
         self.names: tuple[str, ...] = tuple(self._sources)
         self.tied: bool = sources is None and checkpoint.tied
-        self._found = TensorNames(self.names, architecture_of(checkpoint.config))
+        architecture = architecture_of(checkpoint.config)
+        self.experts: Experts = {} if architecture is None else architecture.experts
+        self._found = TensorNames(self.names, architecture)
+        self._others: Mapping[str, NDArray[Any]] = {}
+
+    def replace(self, others: Mapping[str, NDArray[Any]]) -> None:
+        """Start from other values, of any shape, for some tensors; their dtypes stay the checkpoint's."""
+        self._others = dict(others)
 
     def find(self, name: str) -> str:
         """Return the name here of the tensor that an adapter calls ``name``; ``name`` where there is none."""
@@ -50,6 +58,8 @@ class BaseTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape."""
+        if name in self._others:
+            return self._others[name].shape
         return self._checkpoint.shape(self.source(name))
 
     def dtype(self, name: str) -> np.dtype[Any]:
@@ -57,7 +67,9 @@ class BaseTensors:
         return self._checkpoint.dtype(self.source(name))
 
     def tensor(self, name: str) -> NDArray[Any]:
-        """Return the tensor: a read-only array over the mapped file, no copy."""
+        """Return the tensor: a read-only array over the mapped file, no copy; or what takes its place."""
+        if name in self._others:
+            return self._others[name]
         return self._checkpoint.tensor(self.source(name))
 
     def release(self, name: str) -> None:

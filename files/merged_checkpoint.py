@@ -16,7 +16,7 @@ from .adapter import FLOATS, read_adapter
 from .atomic import output_folder
 from .checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint
 from .safetensors_writer import safetensors_header, write_array
-from .sidecar import config_bytes, copy_sidecars, sidecar_bytes
+from .sidecar import config_bytes, copy_sidecars, resized_tokenizer, sidecar_bytes
 from .space import require_space
 from .weights import MergedWeights
 
@@ -89,7 +89,7 @@ def write_merged_checkpoint(
                     done += written
                     if progress is not None:
                         progress(done, plan.total_bytes)
-            _write_descriptions(folder, plan)
+            _write_descriptions(folder, plan, adapter_dir)
         return MergedCheckpoint(
             Path(out_dir),
             weights.merged_names,
@@ -163,9 +163,14 @@ def _blocks(plan: _Plan, name: str) -> Iterator[NDArray[Any]]:
         yield plan.weights.rows(name, start, min(start + step, shape[0]), convert)
 
 
-def _write_descriptions(folder: Path, plan: _Plan) -> None:
+def _write_descriptions(folder: Path, plan: _Plan, adapter_dir: str | os.PathLike[str] | None) -> None:
     checkpoint, config = plan.checkpoint, plan.config()
-    copy_sidecars(checkpoint.dir, folder, exclude=() if config == checkpoint.config else (CONFIG_FILE,))
+    copy_sidecars(
+        checkpoint.dir,
+        folder,
+        exclude=() if config == checkpoint.config else (CONFIG_FILE,),
+        tokenizer_dir=resized_tokenizer(adapter_dir, config, checkpoint.config),
+    )
     if config != checkpoint.config:
         with (folder / CONFIG_FILE).open("xb") as file:
             file.write(config_bytes({**config}))

@@ -9,11 +9,10 @@ from loracle.reference import ConfigError, DTypeError, ShapeError, TargetError
 
 from .adapter import Adapter
 from .base_tensors import BaseTensors
-from .checkpoint import INPUT_EMBEDDINGS, OUTPUT_EMBEDDINGS, is_module
+from .experts import OwnUpdates, pairs_of_experts, place_of
 from .lora_pair import FLOATS, LoraPair
+from .ties import same_update, tied_tensors
 from .updates import Bias, Convolution, Dora, Linear, Stacked, TokenRows, Update, same_bits
-
-EMBEDDINGS = INPUT_EMBEDDINGS + OUTPUT_EMBEDDINGS
 
 _OTHER = "is this adapter for another model?"
 _IN_MEMORY = "merge it in memory, with loracle.torch_impl.merge"
@@ -39,10 +38,10 @@ def plan_replacements(
     weights = {weight_name(base, path, pair) for path, pair in adapter.pairs.items()}
     whole = _by_own_name(base, {name: array for name, array in adapter.tensors.items() if name not in new})
     for name, array in whole.items():
-        tied = base.tied and is_module(name, EMBEDDINGS)
+        tied = tied_tensors(base, name)
         if name not in base:
-            if tied and any(same_bits(array, other) for other in _stored_embeddings(base, whole)):
-                continue  # the output layer's copy of the one stored tensor
+            if any(same_bits(array, whole.get(other, base.tensor(other))) for other in tied):
+                continue  # another module's copy of the one stored tensor
             raise TargetError(f"{name}: the model has no such tensor, the adapter replaces it; {_OTHER}")
         own = base.tensor(name)
         unchanged = same_bits(array, own)
@@ -89,11 +88,16 @@ def plan_updates(base: BaseTensors, adapter: Adapter) -> dict[str, Update]:
                 f"it with name_parameters"
             )
         name = weight_name(base, path, pair)
-        if name in updates:
-            raise TargetError(f"{name}: two pairs of the adapter are of it, {path} is one; {_OTHER}")
-        _refuse_tied(base, name, path)
-        _check_weight(base, name, f"a pair for shape {pair.shape}")
-        updates[name] = _update(base, name, path, adapter)
+        if name not in base and (pair.kind == "parameter" or place_of(path, base.experts) is not None):
+            _add_experts(updates, base, path, adapter)
+            continue
+        tied = tied_tensors(base, name)
+        if tied:
+            _check_tied(base, name, path, adapter)
+        for own in tied or (name,):
+            if not tied or own not in updates:
+                _check_place(updates, base, own, path, pair)
+                updates[own] = _update(base, own, path, adapter)
         if pair.bias is not None:
             updates[_bias_name(base, name, pair)] = Bias(pair)
     for path, rows in adapter.tokens.items():
@@ -102,6 +106,44 @@ def plan_updates(base: BaseTensors, adapter: Adapter) -> dict[str, Update]:
             name = base.find(f"{path}.weight")
             updates[name] = _token_rows(base, name, indices, rows)
     return updates
+
+
+def _check_place(
+    updates: Mapping[str, Update], base: BaseTensors, name: str, path: str, pair: LoraPair
+) -> None:
+    """Check that a pair finds a weight, which is no other pair's."""
+    if name in updates:
+        raise TargetError(f"{name}: two pairs of the adapter are of it, {path} is one; {_OTHER}")
+    _check_weight(base, name, f"a pair for shape {pair.shape}")
+
+
+def _add_experts(updates: dict[str, Update], base: BaseTensors, path: str, adapter: Adapter) -> None:
+    """Add what a pair does to experts, which the base has stacked where the adapter has not, or not where it
+    has."""
+    pair = adapter.pairs[path]
+    place = place_of(path, base.experts)
+    if place is None:
+        found = list(pairs_of_experts(base, path, pair, adapter.config.rank_of(path)))
+        for name, own in found or [(path, pair)]:
+            _check_place(updates, base, name, path, own)
+            updates[name] = Linear(own)
+        return
+    stacked = base.find(place.parameter)
+    before = updates.get(stacked)
+    beside = isinstance(before, OwnUpdates) and place.key not in before.updates
+    _check_place(
+        {} if beside else updates, base, stacked if stacked in base else f"{path}.weight", path, pair
+    )
+    if pair.bias is not None:
+        _bias_name(base, f"{path}.weight", pair)
+    shape, parts = base.shape(stacked), len(base.experts[stacked.rpartition(".")[2]])
+    if place.expert >= shape[0] or (shape[1], shape[2]) != (pair.shape[0] * parts, pair.shape[1]):
+        raise TargetError(
+            f"{stacked}: the model's shape is {shape}, the adapter has {pair.shape} for {path}; {_OTHER}"
+        )
+    own_updates = before.updates if isinstance(before, OwnUpdates) else {}
+    update = Linear(pair) if pair.magnitude is None else Dora(pair)
+    updates[stacked] = OwnUpdates({**own_updates, place.key: update}, parts)
 
 
 def weight_name(base: BaseTensors, path: str, pair: LoraPair) -> str:
@@ -193,7 +235,7 @@ def _bias_name(base: BaseTensors, weight: str, pair: LoraPair) -> str:
 def _token_rows(base: BaseTensors, name: str, indices: tuple[int, ...], rows: NDArray[Any]) -> TokenRows:
     """Return the rows of an embedding; one that is tied gets them for both, as PEFT has it."""
     _check_weight(base, name, f"rows of shape {rows.shape}")
-    if base.tied and sum(is_module(other, EMBEDDINGS) for other in base.names) > 1:
+    if base.tied and len(tied_tensors(base, name)) > 1:
         raise TargetError(
             f"{name}: input and output embeddings of this model are one tensor, and the checkpoint holds it "
             f"twice; save the model again with transformers, which writes it once"
@@ -207,18 +249,20 @@ def _token_rows(base: BaseTensors, name: str, indices: tuple[int, ...], rows: ND
     return TokenRows(indices, rows)
 
 
-def _stored_embeddings(base: BaseTensors, whole: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    """Return what the base's own embeddings become, or are."""
-    names = [name for name in base.names if is_module(name, EMBEDDINGS)]
-    return [whole.get(name, base.tensor(name)) for name in names]
-
-
-def _refuse_tied(base: BaseTensors, name: str, path: str) -> None:
-    if base.tied and is_module(name, EMBEDDINGS):
+def _check_tied(base: BaseTensors, name: str, path: str, adapter: Adapter) -> None:
+    """Check that a pair of embeddings that are one tensor is meant for all of them, and the only one."""
+    if not adapter.config.ensure_weight_tying:
         raise TargetError(
             f"{name}: input and output embeddings of this model are one tensor, so merging into {path} would "
-            f"change both; train the adapter without {path}"
+            f"change both; train the adapter without {path}, or with ensure_weight_tying"
         )
+    for other, pair in adapter.pairs.items():
+        own = weight_name(base, other, pair)
+        if tied_tensors(base, own) and not same_update(pair, adapter.pairs[path]):
+            raise TargetError(
+                f"{other}: expected the update of {path}, whose weight it shares, got another; one tensor "
+                f"cannot have two: train with ensure_weight_tying, or untie the model first"
+            )
 
 
 def _check_weight(base: BaseTensors, name: str, what: str) -> None:

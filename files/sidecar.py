@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -35,8 +36,43 @@ SIDECARS: tuple[str, ...] = (
 """Every file name that is carried along. Code (``*.py``) and pickles are not."""
 
 
+TOKENIZER_FILES: tuple[str, ...] = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Those of ``SIDECARS`` that are one tokenizer, and belong together."""
+
+
+def resized_tokenizer(
+    adapter_dir: str | os.PathLike[str] | None, config: Mapping[str, object], base: Mapping[str, object]
+) -> str | os.PathLike[str] | None:
+    """Return the adapter's folder where the tokenizer in it is the merged model's; None elsewhere.
+
+    It is where the merged model's ``config.json`` has another ``vocab_size`` than the base's: the base's
+    tokenizer does not know all of its tokens then.
+    """
+    if adapter_dir is None or config.get("vocab_size") == base.get("vocab_size"):
+        return None
+    known = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+    return adapter_dir if any(os.path.lexists(Path(adapter_dir) / name) for name in known) else None
+
+
 def copy_sidecars(
-    model_dir: str | os.PathLike[str], out_dir: str | os.PathLike[str], *, exclude: tuple[str, ...] = ()
+    model_dir: str | os.PathLike[str],
+    out_dir: str | os.PathLike[str],
+    *,
+    exclude: tuple[str, ...] = (),
+    tokenizer_dir: str | os.PathLike[str] | None = None,
 ) -> tuple[str, ...]:
     """Copy those files of ``SIDECARS`` that ``model_dir`` has into ``out_dir``; return their names.
 
@@ -44,13 +80,19 @@ def copy_sidecars(
     one that leads anywhere else is refused, so that a downloaded folder cannot draw other files into the
     output.
 
+    Args:
+        exclude: names that are not copied.
+        tokenizer_dir: a folder whose ``TOKENIZER_FILES`` take the place of the model's.
+
     Raises:
         FileError: a file is no regular file, leads out of the folder, or cannot be read.
         OSError: ``out_dir`` cannot be written, or has the file already.
     """
-    source, target = Path(model_dir), Path(out_dir)
+    model, target = Path(model_dir), Path(out_dir)
+    tokenizer = model if tokenizer_dir is None else Path(tokenizer_dir)
     copied = []
     for name in SIDECARS:
+        source = tokenizer if name in TOKENIZER_FILES else model
         if name in exclude or not os.path.lexists(source / name):
             continue
         check_regular_file(source / name)

@@ -9,9 +9,12 @@ from numpy.typing import DTypeLike, NDArray
 from .adapter import Adapter
 from .base_tensors import BaseTensors
 from .checkpoint import Checkpoint
+from .experts import named_experts
 from .heads import plan_head, weights_dtype, with_changes
 from .plan import plan_replacements, plan_updates
+from .targets import check_targets
 from .updates import Update, convert
+from .vocabulary import Vocabulary, plan_vocabulary
 
 
 class MergedWeights:
@@ -20,12 +23,16 @@ class MergedWeights:
     A weight with a pair is ``W0 + scaling * B @ A``, with DoRA its rows rescaled to their magnitudes; a bias
     gets ``scaling`` times lora_B's. A whole tensor of the adapter, a trained bias or a module saved whole,
     takes the place of the checkpoint's, and trained tokens' rows those of the embedding. Other tensors stay
-    as they are.
+    as they are. Embeddings that the adapter brings with another number of tokens take the place of the
+    checkpoint's before all this; an output layer that it has trained apart from the embedding that it was
+    tied to comes last.
 
     The adapter's names may have or lack the prefix of the model's body, whatever the checkpoint has; the
     checkpoint's names are kept. But where the adapter brings a classifier's head, trained whole, the model is
     of the class with that head: its names are that class's, the head's tensors come last, and what only
     another head needs is left out.
+
+    A mixture's experts may be stacked in the checkpoint and apart in the adapter, or the other way round.
 
     Nothing is computed before it is asked for, and nothing is kept: each call reads the mapped checkpoint.
 
@@ -43,6 +50,7 @@ class MergedWeights:
     Raises:
         TargetError, ShapeError: a tensor of the adapter finds none of its shape, or one that is tied to
             another, so that a merge would change both. The message names the tensor and both shapes.
+        TargetError: a layer is targeted as others are, and has no update.
         TargetError: the files do not say how a weight is stored, or it cannot be merged a few rows at a time
             (DoRA on an embedding); or a part of the head is neither in the checkpoint nor in the adapter.
         ConfigError: a stacked parameter has no name yet; see `name_parameters`.
@@ -59,7 +67,15 @@ class MergedWeights:
         self._base = BaseTensors(checkpoint, None if head is None else head.sources)
         self._new: Mapping[str, NDArray[Any]] = {} if head is None else head.new
         self._new_dtype = weights_dtype(checkpoint)
+        vocabulary = Vocabulary()
+        if adapter is not None:
+            adapter = named_experts(adapter, self._base.experts)
+            vocabulary = plan_vocabulary(self._base, checkpoint.config, adapter)
+            self._base.replace(vocabulary.tensors)
+            self._new = {**self._new, **vocabulary.new}
         self._updates: dict[str, Update] = {} if adapter is None else plan_updates(self._base, adapter)
+        if adapter is not None:
+            check_targets(self._base, adapter, frozenset(self._updates))
         self._replaced: Mapping[str, NDArray[Any]] = (
             {} if adapter is None else {**plan_replacements(self._base, adapter, self._new), **self._new}
         )
@@ -67,12 +83,11 @@ class MergedWeights:
             *self._base.names,
             *(name for name in self._new if name not in self._base),
         )
-        changed = self._updates.keys() | self._replaced.keys()
+        changed = self._updates.keys() | self._replaced.keys() | vocabulary.tensors.keys()
         self.merged_names: tuple[str, ...] = tuple(name for name in self.names if name in changed)
         self.shards: Mapping[str, tuple[str, ...]] = self._by_shard()
-        self.config: Mapping[str, Any] = (
-            checkpoint.config if head is None else with_changes(checkpoint.config, head.config)
-        )
+        changes = {**({} if head is None else head.config), **vocabulary.config}
+        self.config: Mapping[str, Any] = with_changes(checkpoint.config, changes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the tensor's shape; merging keeps it, but a new head may have other outputs."""
@@ -115,6 +130,12 @@ class MergedWeights:
         whole = self._base.tensor(name)
         return convert(whole, whole.dtype if dtype is None else np.dtype(dtype), name)
 
+    def start(self, name: str) -> NDArray[Any]:
+        """Return what `tensor` starts from, in its own dtype: the adapter's tensor where that takes the
+        checkpoint's place, else the checkpoint's, mapped."""
+        replaced = self._replaced.get(name)
+        return self._base.tensor(name) if replaced is None else replaced
+
     def release(self, name: str) -> None:
         """Let go of the memory that the mapped tensor takes; reading it again brings it back."""
         if name in self._base or name not in self._new:
@@ -126,8 +147,7 @@ class MergedWeights:
 
     def _compute(self, name: str, start: int, stop: int | None, dtype: DTypeLike | None) -> NDArray[Any]:
         target = self.dtype(name) if dtype is None else np.dtype(dtype)
-        replaced = self._replaced.get(name)
-        whole = self._base.tensor(name) if replaced is None else replaced
+        whole = self.start(name)
         base = whole if stop is None else whole[start:stop]
         label = name if base.shape == whole.shape else f"{name}[{start}:{stop}]"
         update = self._updates.get(name)

@@ -95,9 +95,43 @@ CASES: dict[str, Case] = {
             word_embed_proj_dim=64,
         )
     ),
+    # Modelling code that computes attention by itself; Bloom's has linear biases instead of positions.
+    "bloom": Case(
+        lambda: hf.BloomConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=64,
+            n_layer=2,
+            n_head=4,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+        )
+    ),
+    "gptj": Case(
+        lambda: hf.GPTJConfig(
+            vocab_size=VOCABULARY,
+            n_embd=64,
+            n_layer=2,
+            n_head=4,
+            rotary_dim=8,
+            n_positions=128,
+            bos_token_id=1,
+            eos_token_id=2,
+            tie_word_embeddings=False,
+        )
+    ),
     "mixtral": Case(lambda: hf.MixtralConfig(**DECODER, num_local_experts=4)),
     "qwen3_moe": Case(
         lambda: hf.Qwen3MoeConfig(**DECODER, num_experts=4, moe_intermediate_size=40, num_experts_per_tok=2)
+    ),
+    "qwen2_moe": Case(
+        lambda: hf.Qwen2MoeConfig(
+            **DECODER,
+            num_experts=4,
+            moe_intermediate_size=40,
+            shared_expert_intermediate_size=32,
+            num_experts_per_tok=2,
+        )
     ),
     "bert": Case(_bert, "feature-extraction"),
     "bert_masked": Case(_bert, "fill-mask"),

@@ -17,8 +17,9 @@ HEAD = """# Architectures that can be exported
 Each row is a small random model of the architecture with an adapter on all linear layers, merged and exported
 to float32, and run by onnxruntime on the CPU: the largest difference of an output from that of the unmerged
 model in float64, and the bound that it has to stay inside (docs/numerics.md, clause 7). A model with a cache
-gets a batch with padding on the left, and on the right, and then a token at a time. `make architectures`
-writes the page anew; the tests check that it is current.
+gets a batch with padding on the left, and on the right, and then a token at a time; one with an encoder
+before its decoder gets sources with padding. `make architectures` writes the page anew; the tests check that
+it is current.
 
 | architecture | class | task | largest error | bound | onnxruntime's own operators |
 | --- | --- | --- | --- | --- | --- |

@@ -16,10 +16,11 @@ pytest.importorskip("loralib")
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import train_step, train_step_parity
+from benchmarks.intervals import median_interval
 from benchmarks.train_step_flops import step_flops
 from benchmarks.train_step_memory import Job
 from benchmarks.train_step_parity import errors_of, fill_factors, parity, true_gradients
-from benchmarks.train_step_report import checks, median_interval
+from benchmarks.train_step_report import checks
 from benchmarks.train_step_subjects import (
     ADAPTED,
     FLOOR,

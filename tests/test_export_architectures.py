@@ -5,12 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from architecture_runs import EXPORTED, REFUSED, run
-from architectures import make
+from architecture_runs import EXPORTED, run
 from architectures_page import rows
-
-from loracle.export import export
-from loracle.reference import ConfigError
 
 
 @pytest.mark.parametrize("name", EXPORTED)
@@ -29,11 +25,3 @@ def test_the_merged_model_answers_within_the_bound_of_the_unmerged(name: str, tm
 
 def test_the_page_has_every_architecture_once() -> None:
     assert list(rows()) == EXPORTED
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_exported_is_refused_by_name(name: str, tmp_path: Path) -> None:
-    base = make(tmp_path / "base", name)
-    with pytest.raises(ConfigError, match="cannot be exported yet"):
-        export(base, tmp_path / "onnx")
-    assert not (tmp_path / "onnx").exists()

@@ -85,15 +85,23 @@ def test_a_linked_task_gives_the_bits_of_the_baked_form(
     base, adapter = models / f"tied {tied}", models / "attention"
     export(base, tmp_path / "baked", adapter, dtype=dtype)
     export(base, tmp_path / "linked", adapter, dtype=dtype, form="linked", name="french")
-    export(base, tmp_path / "base", dtype=dtype)
-    assert of_base(content(tmp_path / "linked"), "french") == content(tmp_path / "base")
+    export(base, tmp_path / "other", models / "mlp", dtype=dtype, form="linked", name="german")
+    assert of_base(content(tmp_path / "linked"), "french") == of_base(content(tmp_path / "other"), "german")
     expected = logits(tmp_path / "baked" / "model.onnx")
     assert logits(tmp_path / "linked" / "french.onnx").tobytes() == expected.tobytes()
     assert logits(tmp_path / "linked" / "model.onnx").tobytes() != expected.tobytes()
-    baked = ir.load(tmp_path / "baked" / "model.onnx").graph.initializers
+
+
+def test_a_task_is_added_to_an_ordinary_export_of_its_base(models: Path, tmp_path: Path) -> None:
+    """Its products of query, key and value are one, so that the task's are too."""
+    base, adapter = models / "tied True", models / "attention"
+    export(base, tmp_path / "linked")
+    export(base, tmp_path / "linked", adapter, form="linked", name="french")
+    export(base, tmp_path / "baked", adapter)
+    expected = ir.load(tmp_path / "baked" / "model.onnx").graph.initializers
     task = ir.load(tmp_path / "linked" / "french.onnx").graph.initializers
-    assert list(task) == list(baked)
-    for name, value in baked.items():
+    assert list(task) == list(expected)
+    for name, value in expected.items():
         assert value.const_value is not None
         assert task[name].const_value is not None
         assert task[name].const_value.numpy().tobytes() == value.const_value.numpy().tobytes()

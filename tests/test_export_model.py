@@ -10,7 +10,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from export_fixtures import make_adapter, make_model
+from export_fixtures import SHAPE, make_adapter, make_model
 from onnx import numpy_helper
 
 from loracle.export import DecoderSession, export, open_session
@@ -30,9 +30,17 @@ def truth_of(base: Path, adapter: Path | None, ids: Sequence[int], dtype: np.dty
 
 
 def initializers(folder: Path) -> dict[str, np.ndarray]:
-    """Every initializer by the `onnx` package, an independent reader of the format."""
+    """Every initializer by the `onnx` package, an independent reader of the format; query, key and value,
+    which lie in one, by their own names."""
     model = onnx.load(str(folder / "model.onnx"))
-    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    held = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    keys = SHAPE["num_key_value_heads"] * SHAPE["head_dim"]
+    for name in [name for name in held if "q_proj+k_proj+v_proj" in name]:
+        packed = held.pop(name)
+        parts = np.split(packed, [len(packed) - 2 * keys, len(packed) - keys])
+        for own, part in zip(("q_proj", "k_proj", "v_proj"), parts, strict=True):
+            held[name.replace("q_proj+k_proj+v_proj", own)] = part
+    return held
 
 
 @pytest.mark.parametrize(

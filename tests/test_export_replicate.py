@@ -37,7 +37,7 @@ COUNTS = (
 )
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 OWN: dict[str, dict[str, Any]] = {"gemma3": {"num_hidden_layers": 6, "layer_types": MIXED}}
-EVERY_RUN = ["llama", "gemma3", "gpt2", "bert"]
+EVERY_RUN = ["llama", "gemma3", "gpt2", "bert", "mixtral"]
 THOROUGH = [
     "mistral",
     "qwen2",
@@ -50,6 +50,8 @@ THOROUGH = [
     "distilbert",
     "vit",
     "llama_sequence",
+    "qwen2_moe",
+    "qwen3_moe",
 ]
 
 
@@ -124,7 +126,7 @@ def test_an_exported_deep_model_answers_bit_for_bit_as_its_full_trace(
     for run in ("replicated", "traced"):
         monkeypatch.setenv("LORACLE_CACHE", str(tmp_path / f"{run} cache"))
         if run == "traced":
-            monkeypatch.setattr("loracle.export.replicate.trace_replicated", lambda *_: None)
+            monkeypatch.setattr("loracle.export.replicate.trace_replicated", lambda *_, **__: None)
         export(model, tmp_path / run)
         session = onnxruntime.InferenceSession(str(tmp_path / run / "model.onnx"))
         feeds = {

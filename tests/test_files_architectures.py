@@ -1,10 +1,12 @@
 """The tables of prefixes, classes and heads are transformers' own."""
 
+import re
+
 import pytest
 import torch
 import transformers as hf
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming
+from transformers.core_model_loading import WeightConverter, WeightRenaming
 from transformers.models.auto import modeling_auto
 
 from loracle.files.architectures import (
@@ -80,6 +82,25 @@ def test_renames_are_those_that_transformers_loads_a_checkpoint_with(kind: str) 
         (pattern.replace("\\", ""), target) for pattern, target in (*ARCHITECTURES[kind].renames, *OLD_NAMES)
     ]
     assert [pair for pair in theirs if pair in ours] == ours
+
+
+@pytest.mark.parametrize("kind", [kind for kind, own in ARCHITECTURES.items() if own.experts])
+def test_experts_are_stacked_as_transformers_stacks_those_of_a_checkpoint(kind: str) -> None:
+    with torch.device("meta"):
+        model = hf.AutoModelForCausalLM.from_config(small_config(kind))
+    theirs = {
+        re.sub(r".*\.", "", transform.target_patterns[0]): tuple(
+            re.sub(r".*\*\.(\w+)\.weight", r"\1", pattern.replace("\\", ""))
+            for pattern in transform.source_patterns
+        )
+        for transform in get_model_conversion_mapping(model)
+        if type(transform) is WeightConverter
+    }
+    assert theirs == ARCHITECTURES[kind].experts
+    # PEFT wraps a module's parameters in their order.
+    (module,) = {path for path, _ in model.named_modules() if path.endswith(".0.mlp.experts")}
+    names = [name for name, _ in model.get_submodule(module).named_parameters()]
+    assert names == list(ARCHITECTURES[kind].experts)
 
 
 def test_pefts_tasks_are_those_of_peft() -> None:

@@ -16,16 +16,22 @@ from ..guard import one_line_errors
 from ..options import Debug, Json
 
 if TYPE_CHECKING:
+    from loracle.export.generation import BatchSession
     from loracle.export.streaming import AnswerText
 
 _NEW_TOKENS = 128
 
 
 def command(
-    model: Annotated[Path, typer.Argument(help="Folder that `loracle export` wrote.")],
+    model: Annotated[
+        Path, typer.Argument(help="Folder that `loracle export` wrote, or the graph of one of its tasks.")
+    ],
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to answer; several are answered as one batch.")
     ],
+    name: Annotated[
+        str | None, typer.Option("--name", help="The linked task in the folder; left out, the base model.")
+    ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -60,13 +66,17 @@ def command(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Answer every PROMPT, streaming the text.
+    """Answer every PROMPT, streaming the text; classify it, or fill its mask, where the model does that.
 
     Greedy unless --temperature is given: the settings in generation_config.json are not used, but for its end
     tokens.
     """
     with one_line_errors(debug):
-        from loracle.export import DecoderSession, Sampling, TextModel, generate
+        from loracle.export import Sampling, TextModel, generate
+        from loracle.export.encoder_answers import encoder_task
+        from loracle.export.linked import task_graph
+
+        from .run_encoder import print_answers
 
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ConfigError(f"--max-new-tokens: expected at least 1, got {max_new_tokens}")
@@ -75,13 +85,15 @@ def command(
             raise ConfigError(
                 "--top-k, --top-p: expected a --temperature above 0 beside them, got greedy decoding"
             )
+        if name is not None:
+            model = task_graph(model, name)
+        if encoder_task(model) is not None:
+            print_answers(model, prompt, threads=threads, as_json=as_json)
+            return
         text = TextModel(model)
         stop_tokens, stop_strings = text.stop_rules(stop or ())
         prompts = [text.encode_prompt(one, system=system, raw=raw) for one in prompt]
-        new_tokens = _room(model, prompts, max_new_tokens)
-        session = DecoderSession(
-            model, max(map(len, prompts)) + new_tokens, threads=threads, batch=len(prompts)
-        )
+        session, new_tokens = _opened(model, prompts, max_new_tokens, threads)
         answers = [text.answer(stop_strings) for _ in prompts]
         printer = _Printer(answers, quiet=as_json)
         started = time.perf_counter()
@@ -128,6 +140,31 @@ def command(
             )
         elif sys.stderr.isatty() and rate is not None:
             typer.echo(f"{later + len(answers)} tokens, {rate:.1f} tokens/s", err=True)
+
+
+def _opened(
+    model: Path, prompts: list[list[int]], wanted: int | None, threads: int
+) -> tuple[BatchSession, int]:
+    """A session with room for the prompts and their answers, and the most new tokens of one."""
+    from loracle.export import Seq2SeqSession, open_decoder
+    from loracle.export.seq2seq_model import is_seq2seq, open_seq2seq
+
+    if not is_seq2seq(model):
+        new_tokens = _room(model, prompts, wanted)
+        capacity = max(map(len, prompts)) + new_tokens
+        return open_decoder(model, capacity, threads=threads, batch=len(prompts)), new_tokens
+    opened = open_seq2seq(model, threads)
+    new_tokens = wanted or _NEW_TOKENS
+    if opened.positions is not None:
+        room = opened.positions - len(opened.start) + 1  # the last token is not read
+        if room < (wanted or 1):
+            raise ConfigError(
+                f"--max-new-tokens: expected at most {room} in a target of {opened.positions} positions, "
+                f"got {wanted}; shorten the answer"
+            )
+        new_tokens = min(new_tokens, room)
+    capacity = len(opened.start) + new_tokens - 1
+    return Seq2SeqSession(opened, capacity, batch=len(prompts)), new_tokens
 
 
 def _room(model: Path, prompts: list[list[int]], wanted: int | None) -> int:

@@ -13,27 +13,37 @@ from rich.table import Table
 from loracle.reference import CheckError, FileError
 
 from ..guard import one_line_errors
-from ..options import Adapter, Debug, Json, Model
+from ..options import Adapter, Debug, Json, Model, TrustRemoteCode
 from ..progress import bar
 
 
 def command(
-    candidate: Annotated[Path, typer.Argument(help="ONNX folder, or folder of a merged checkpoint.")],
+    candidate: Annotated[
+        Path, typer.Argument(help="ONNX folder, graph of a linked task, or folder of a merged checkpoint.")
+    ],
     model: Model,
     adapter: Adapter = None,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Text file with a prompt a line, instead of our own.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Prove that CANDIDATE is the base model with the adapter merged: its graph, its bits, its answers."""
     with one_line_errors(debug):
-        from loracle.export.verification import PROMPTS, verify
+        from loracle.export.verification import verify
 
-        lines = PROMPTS if prompts is None else _lines(prompts)
+        lines = None if prompts is None else _lines(prompts)
         with bar("comparing tensors", quiet=as_json) as advance:
-            report = verify(candidate, model, adapter, prompts=lines, progress=advance)
+            report = verify(
+                candidate,
+                model,
+                adapter,
+                prompts=lines,
+                trust_remote_code=trust_remote_code,
+                progress=advance,
+            )
         if as_json:
             typer.echo(json.dumps(report.to_json()))
         else:
@@ -42,6 +52,8 @@ def command(
                 mark = "[green]pass[/green]" if check.passed else "[red]FAIL[/red]"
                 table.add_row(check.name, mark, check.figure)
             Console().print(table)
+            if report.quality is not None:
+                typer.echo(f"quality: {report.quality}")
             for check in report.checks:
                 for failure in check.failures:
                     typer.echo(f"FAIL {check.name}: {failure}")
