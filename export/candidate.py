@@ -38,7 +38,7 @@ class Candidate:
         return next((value for value in found if value is not None), None)
 
     def is_shared(self, file: str, name: str) -> bool:
-        """Whether a graph's initializer is `initializer(name)`: of one place in the data, or of equal bits."""
+        """Whether an initializer of a graph is `initializer(name)`: of one place, or of equal bits."""
         first, own = self.initializer(name), self.models[file].graph.initializers.get(name)
         if first is None or own is None or first.const_value is None or own.const_value is None:
             return first is own

@@ -3,6 +3,8 @@ first step, which computes the keys and values of the encoder's states once, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -61,6 +63,26 @@ class _Cache(EncoderDecoderCache):  # type: ignore[misc]
         return self._length
 
 
+class _Finite:
+    """What `torch.isfinite` is to answer: a plain truth, on which a trace need not branch."""
+
+    def all(self) -> bool:
+        """Return that they all are."""
+        return True
+
+
+@contextmanager
+def _taken_as_finite() -> Iterator[None]:
+    """Within the block all numbers are: BART clamps float16 states once any of a batch is infinite, which
+    would let rows depend on one another."""
+    original = torch.isfinite
+    torch.isfinite = lambda _: _Finite()  # type: ignore[assignment, return-value]
+    try:
+        yield
+    finally:
+        torch.isfinite = original
+
+
 class Encoder(nn.Module):
     """The encoder's states."""
 
@@ -70,7 +92,7 @@ class Encoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
         """Return them, (batch, length, width)."""
-        with tracing_with(None):
+        with tracing_with(None), _taken_as_finite():
             out = self.model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)
         states: torch.Tensor = out.last_hidden_state
         return states

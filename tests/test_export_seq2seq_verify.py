@@ -53,6 +53,17 @@ def test_a_right_export_passes_every_check(made: Path) -> None:
     assert "18 tokens, 3 prompts" in report.checks[TOKENS].figure
 
 
+def test_a_float16_export_lies_inside_its_own_bound(tmp_path: Path) -> None:
+    """BART, whose encoder looks for infinities in float16."""
+    base = make(tmp_path / "base", "bart")
+    export(base, tmp_path / "onnx", dtype="fp16")
+    report = verify(tmp_path / "onnx", base, new_tokens=6)
+    assert _verdicts(report) == [True] * 4
+    assert report.error is not None
+    assert report.tolerance is not None
+    assert report.tolerance < 50 * report.error
+
+
 @pytest.mark.parametrize(
     "layer", ["encoder.block.1.layer.0.SelfAttention.v", "decoder.block.1.layer.1.EncDecAttention.k"]
 )
