@@ -63,7 +63,8 @@ bench: .venv/dev.stamp .venv-peers/stamp
 	$(BIN)/python -m benchmarks.export
 
 bench-large: .venv/dev.stamp
-	$(BIN)/python -m benchmarks.export --models 1.1b 7b --rounds 3 --out benchmarks/results/export_large.json
+	$(BIN)/python -m benchmarks.export --models 1.1b --rounds 3 --out benchmarks/results/export_1.1b.json
+	$(BIN)/python -m benchmarks.export --models 7b --rounds 1 --out benchmarks/results/export_7b.json
 
 architectures: .venv/dev.stamp
 	$(BIN)/python tests/architectures_page.py
