@@ -33,10 +33,10 @@ demo: .venv/run.stamp
 	$(BIN)/python -m loracle.demo --out demo-out
 
 test: .venv/dev.stamp
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
 
 test-all: .venv/dev.stamp lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 mutants: .venv/dev.stamp
 	$(BIN)/python -m tests.mutation.run $(MODULES) $(if $(TESTS),--tests $(TESTS))

@@ -249,7 +249,7 @@ def test_float16_norms_and_softmax_are_computed_in_float32(base: Path, tmp_path:
     assert np.abs(logits - right.logits).max() <= right.tolerance
 
 
-@pytest.mark.parametrize("name", ["llama", "gptj"])
+@pytest.mark.parametrize("name", ["llama", pytest.param("gptj", marks=pytest.mark.slow)])
 def test_a_deep_graph_from_a_few_layers_is_that_of_tracing_them_all(name: str, tmp_path: Path) -> None:
     """Catches a node before the layers, or a part of a norm, that reads a layer other than its own."""
     values = CASES[name].config().to_dict()

@@ -94,7 +94,8 @@ def test_a_replicated_graph_is_byte_for_byte_that_of_a_full_trace(tmp_path: Path
     _assert_same(replicated, trace(folder, task, FLOAT32))
 
 
-@pytest.mark.parametrize("name", ["t5", pytest.param("bart", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["t5", "bart"])
 def test_all_graphs_of_a_sequence_to_sequence_model_are_those_of_full_traces(
     tmp_path: Path, name: str
 ) -> None:

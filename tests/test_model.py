@@ -48,13 +48,16 @@ def test_the_merged_model_verifies_and_the_bound_is_tight(made: Path, smollm2: P
 def test_one_bit_and_one_bfloat16_matrix_are_found(made: Path, smollm2: Path) -> None:
     """One bit: by the comparison of bits alone. One matrix in bfloat16: by the logits as well."""
     name = f"{LAYER}.q_proj.weight"
-    tensor = ir.load(made / "onnx/model.onnx").graph.initializers[name].const_value
+    packed = f"{LAYER}.q_proj+k_proj+v_proj.weight"
+    tensor = ir.load(made / "onnx/model.onnx").graph.initializers[packed].const_value
     assert isinstance(tensor, ir.ExternalTensor)
     assert tensor.offset is not None
     right = tensor.numpy().copy()
     flipped = right.copy()
     flipped.view(np.uint32)[300, 200] ^= 1
-    rounded = right.astype(ml_dtypes.bfloat16).astype(np.float32)
+    rounded = right.copy()
+    queries = rounded[: rounded.shape[1]]
+    queries[:] = queries.astype(ml_dtypes.bfloat16)
     verdicts = []
     with open(made / "onnx/model.onnx_data", "r+b") as data:
         for wrong in (flipped, rounded):
