@@ -31,30 +31,31 @@ def mark_sums(graph: ir.Graph) -> None:
         left, right = node.inputs
         if left is None or right is None or left.producer() is None or right.producer() is None:
             continue
-        if left.shape is not None and left.shape == right.shape and _norm(node.outputs[0]) is not None:
+        if left.shape is not None and left.shape == right.shape and _norms(node.outputs[0]):
             node.op_type, node.domain = _MARK, _MARK_DOMAIN
 
 
 def join_sums(graph: ir.Graph) -> None:
-    """Join each marked sum to its norm, in place; sums that another node reads before the norm stay sums."""
+    """Join each marked sum to its first norm, in place; sums that another node reads before it stay sums."""
     places = {node: place for place, node in enumerate(graph)}
     for node in list(graph):
         if (node.op_type, node.domain) != (_MARK, _MARK_DOMAIN):
             continue
         node.op_type, node.domain = "Add", ""
-        norm = _norm(node.outputs[0])
+        norms = _norms(node.outputs[0])
+        norm = min(norms, key=places.__getitem__, default=None)
         if norm is None or any(places[use.node] < places[norm] for use in node.outputs[0].uses()):
             continue
         _join(graph, node, norm)
 
 
-def _norm(value: ir.Value) -> ir.Node | None:
-    """Return the only norm over the last axis of `value`."""
-    norms = [use.node for use in value.uses() if use.node.op_type in _SKIP and use.idx == 0]
-    if len(norms) != 1 or value.is_graph_output():
-        return None
-    axis = norms[0].attributes.get("axis")
-    return norms[0] if axis is None or axis.as_int() == -1 else None
+def _norms(value: ir.Value) -> list[ir.Node]:
+    """Return the norms over the last axis of `value`."""
+    if value.is_graph_output():
+        return []
+    nodes = [use.node for use in value.uses() if use.node.op_type in _SKIP and use.idx == 0]
+    axes = [node.attributes.get("axis") for node in nodes]
+    return [node for node, axis in zip(nodes, axes, strict=True) if axis is None or axis.as_int() == -1]
 
 
 def _join(graph: ir.Graph, total: ir.Node, norm: ir.Node) -> None:

@@ -95,8 +95,10 @@ def residual(
     early: bool = False,
     bias: bool = False,
     layer_norm: bool = False,
+    twice: bool = False,
 ) -> ir.Model:
-    """`total = x + 2 y [+ b]`, its norm, and `total * norm`; `early` reads the total before the norm."""
+    """`total = x + 2 y [+ b]`, its norm, and `total * norm`; `early` reads the total before the norm, and
+    `twice` has a second norm of it."""
 
     def value(name: str, shape: tuple[int, ...]) -> ir.Value:
         return ir.Value(name=name, type=ir.TensorType(FLOAT), shape=ir.Shape(shape))
@@ -128,10 +130,13 @@ def residual(
         inputs.append(weights[-1])
     kind = "LayerNormalization" if layer_norm else "SimplifiedLayerNormalization"
     nodes.append(ir.node(kind, inputs, {"axis": -1, "epsilon": 7.0}))
-    nodes.append(ir.node("Mul", [nodes[-1].outputs[0], nodes[-2].outputs[0] if early else total]))
+    norm, other_factor = nodes[-1].outputs[0], nodes[-2].outputs[0] if early else total
+    if twice:
+        nodes.append(ir.node(kind, inputs, {"axis": -1, "epsilon": 7.0}))
+        other_factor = nodes[-1].outputs[0]
+    nodes.append(ir.node("Mul", [norm, other_factor]))
     result = nodes[-1].outputs[0]
     result.name, result.type, result.shape = "result", ir.TensorType(FLOAT), ir.Shape((ROWS, WIDTH))
-    norm = nodes[-2].outputs[0]
     norm.name, norm.type, norm.shape = "norm", ir.TensorType(FLOAT), ir.Shape((ROWS, WIDTH))
     graph = ir.Graph(
         [x, y],
@@ -191,4 +196,15 @@ def test_a_sum_that_is_read_before_its_norm_stays_a_sum() -> None:
     join_sums(model.graph)
     assert kinds(model) == kinds(residual(early=True))
     for one, other in zip(outputs(model), outputs(residual(early=True)), strict=True):
+        assert one.tobytes() == other.tobytes()
+
+
+def test_of_two_norms_of_a_sum_the_first_is_joined_and_the_other_reads_the_sum() -> None:
+    """As in GPT-NeoX, whose last layer's sum has one norm and the others' two: all are marked alike."""
+    model = residual(twice=True)
+    mark_sums(model.graph)
+    join_sums(model.graph)
+    norms = {"SkipSimplifiedLayerNormalization": 1, "SimplifiedLayerNormalization": 1}
+    assert kinds(model) == Counter({"MatMul": 2, "Mul": 1, **norms})
+    for one, other in zip(outputs(model), outputs(residual(twice=True)), strict=True):
         assert one.tobytes() == other.tobytes()
