@@ -26,8 +26,26 @@ _GROUP_QUERY_BIAS = 10
 """Where `GroupQueryAttention` has its bias among the inputs."""
 
 
+class TracedCache(Cache):  # type: ignore[misc]
+    """Stands for transformers' cache while tracing.
+
+    Attributes:
+        length: how many tokens the model is to take as cached.
+    """
+
+    length: Any
+
+    def get_seq_length(self, *_: Any, **__: Any) -> Any:
+        """Return `length`."""
+        return self.length
+
+    def get_query_offset(self, *_: Any, **__: Any) -> Any:
+        """Return `length`."""
+        return self.length
+
+
 @dataclass
-class FusedCache(Cache):  # type: ignore[misc]
+class FusedCache(TracedCache):
     """Stands for transformers' cache while tracing: hands keys and values through, since the attention
     operator appends to the past itself, and collects the `present` outputs layer by layer.
 
@@ -51,14 +69,6 @@ class FusedCache(Cache):  # type: ignore[misc]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hand through."""
         return key_states, value_states
-
-    def get_seq_length(self, *_: Any, **__: Any) -> Any:
-        """Return `length`."""
-        return self.length
-
-    def get_query_offset(self, *_: Any, **__: Any) -> Any:
-        """Return `length`."""
-        return self.length
 
     def get_mask_sizes(self, query: Any, *_: Any, **__: Any) -> tuple[int, int]:
         """Tell that the keys are the query's own."""

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-from loracle.reference import ShapeError
-
 from .names import ATTENTION_MASK, INPUT_IDS, LOGITS
+from .prompts import require_one_a_row, require_rows
 from .session import Array, DecoderSession, check_capacity, grows, open_session
 
 
@@ -33,8 +32,7 @@ class GrowingSession(DecoderSession):
 
     def decode(self, tokens: Array | Sequence[int]) -> Array:
         """Append one token to each row; see `DecoderSession.decode`."""
-        if len(tokens) != self.rows:
-            raise ShapeError(f"tokens: expected {self.rows}, one a row, got {len(tokens)}")
+        require_one_a_row(tokens, self.rows)
         end = self.length + 1
         if end > self.capacity:
             raise self._no_room(1)
@@ -46,8 +44,7 @@ class GrowingSession(DecoderSession):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Go on with some of the rows alone, in this order; see `DecoderSession.keep`."""
-        if not rows or not all(0 <= row < self.rows for row in rows):
-            raise ShapeError(f"rows: expected some of 0 to {self.rows - 1}, got {list(rows)}")
+        require_rows(rows, self.rows)
         chosen = list(rows)
         padding = self._padding[chosen]
         spare = int(padding.min())

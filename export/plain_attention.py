@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 
 from loracle.reference import TargetError
+
+from .attention import TracedCache
 
 PLAIN_ATTENTION = "loracle_plain_attention"
 MODELS_OWN = "eager"
@@ -24,7 +25,7 @@ MODELS_OWN = "eager"
 
 
 @dataclass
-class GrowingCache(Cache):  # type: ignore[misc]
+class GrowingCache(TracedCache):
     """Keys and values of the tokens before, and of those and the new ones together.
 
     Attributes:
@@ -49,14 +50,6 @@ class GrowingCache(Cache):  # type: ignore[misc]
             value_states = torch.cat([self.past[2 * layer + 1], value_states], 2)
         self.present[layer] = (key_states, value_states)
         return key_states, value_states
-
-    def get_seq_length(self, *_: Any, **__: Any) -> Any:
-        """Return how many tokens are cached."""
-        return self.length
-
-    def get_query_offset(self, *_: Any, **__: Any) -> Any:
-        """Return how many tokens are cached."""
-        return self.length
 
     def get_mask_sizes(self, query: Any, *_: Any, **__: Any) -> tuple[Any, int]:
         """Return the number of keys, and where they begin."""

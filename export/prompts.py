@@ -1,4 +1,4 @@
-"""A batch of prompts as arrays: checked, and padded to one length."""
+"""A batch of prompts as arrays, checked and padded to one length, and of what follows them, row by row."""
 
 from __future__ import annotations
 
@@ -60,3 +60,15 @@ def padded(
                 "use the model's own tokenizer"
             )
     return tokens, mask
+
+
+def require_one_a_row(tokens: Array | Sequence[int], rows: int) -> None:
+    """Raise ShapeError unless there are as many tokens as rows."""
+    if len(tokens) != rows:
+        raise ShapeError(f"tokens: expected {rows}, one a row, got {len(tokens)}")
+
+
+def require_rows(chosen: Sequence[int], rows: int) -> None:
+    """Raise ShapeError where no row is chosen, or one that is not among `rows`."""
+    if not chosen or not all(0 <= row < rows for row in chosen):
+        raise ShapeError(f"rows: expected some of 0 to {rows - 1}, got {list(chosen)}")

@@ -25,7 +25,7 @@ from .names import (
     PAST_LENGTH,
     cross_names,
 )
-from .prompts import padded
+from .prompts import padded, require_one_a_row, require_rows
 from .seq2seq_model import Seq2SeqModel, open_seq2seq
 from .session import DTYPES
 
@@ -141,8 +141,7 @@ class Seq2SeqSession:
         """
         if not self.rows:
             raise ShapeError("tokens: expected a prefill before them, got none")
-        if len(tokens) != self.rows:
-            raise ShapeError(f"tokens: expected {self.rows}, one a row, got {len(tokens)}")
+        require_one_a_row(tokens, self.rows)
         if self.length == self.capacity:
             raise ShapeError(
                 f"tokens: expected at most {self.capacity} in a target, got one more; "
@@ -164,8 +163,7 @@ class Seq2SeqSession:
         Raises:
             ShapeError: no row, or one that is not there.
         """
-        if not rows or not all(0 <= row < self.rows for row in rows):
-            raise ShapeError(f"rows: expected some of 0 to {self.rows - 1}, got {list(rows)}")
+        require_rows(rows, self.rows)
         chosen = list(rows)
         own = self._host_cache or [value.numpy() for value in self._cache]
         cross = [self._value(np.ascontiguousarray(value.numpy()[chosen])) for value in self._given]

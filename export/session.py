@@ -29,7 +29,7 @@ from .names import (
     past_names,
     present_names,
 )
-from .prompts import padded
+from .prompts import padded, require_one_a_row, require_rows
 
 Array = np.ndarray[Any, Any]
 
@@ -285,8 +285,7 @@ class DecoderSession:
         Raises:
             ShapeError: another number of tokens than rows, or the capacity has no room for one more.
         """
-        if len(tokens) != self.rows:
-            raise ShapeError(f"tokens: expected {self.rows}, one a row, got {len(tokens)}")
+        require_one_a_row(tokens, self.rows)
         end = self.length + 1
         if end > self._width:
             self._widen(end)
@@ -309,8 +308,7 @@ class DecoderSession:
         Raises:
             ShapeError: no row, or one that is not there.
         """
-        if not rows or not all(0 <= row < self.rows for row in rows):
-            raise ShapeError(f"rows: expected some of 0 to {self.rows - 1}, got {list(rows)}")
+        require_rows(rows, self.rows)
         chosen = list(rows)
         cache = self._host_cache or [value.numpy() for value in self._cache]
         self._bind([np.ascontiguousarray(array[chosen]) for array in cache])

@@ -12,30 +12,6 @@ from loracle.reference import FileError
 from .json_file import check_regular_file
 
 CONFIG_FILE = "config.json"
-SIDECARS: tuple[str, ...] = (
-    CONFIG_FILE,
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "spiece.model",
-    "sentencepiece.bpe.model",
-    "chat_template.jinja",
-    "chat_template.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "LICENSE",
-    "LICENSE.txt",
-    "NOTICE",
-)
-"""Every file name that is carried along. Code (``*.py``) and pickles are not."""
-
-
 TOKENIZER_FILES: tuple[str, ...] = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -51,6 +27,18 @@ TOKENIZER_FILES: tuple[str, ...] = (
     "chat_template.json",
 )
 """Those of ``SIDECARS`` that are one tokenizer, and belong together."""
+
+SIDECARS: tuple[str, ...] = (
+    CONFIG_FILE,
+    "generation_config.json",
+    *TOKENIZER_FILES,
+    "processor_config.json",
+    "preprocessor_config.json",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
+)
+"""Every file name that is carried along. Code (``*.py``) and pickles are not."""
 
 
 def resized_tokenizer(

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
+from cli_runs import answers, call
 from export_fixtures import make_model
-from typer.testing import CliRunner
 
-from loracle.cli.app import app
 from loracle.cli.commands.run import _Printer
 from loracle.export import TextModel, export
 
-RUNNER = CliRunner()
 PROMPTS = ("hello", "what is this?", "a")
 GIVEN = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
 DRAWN = ("--temperature", "1.0", "--top-k", "60", "--top-p", "0.95", "--seed", "3")
@@ -25,20 +21,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = make_model(tmp_path_factory.mktemp("run") / "base")
     export(base, base.parent / "onnx")
     return base.parent / "onnx"
-
-
-def call(*arguments: object) -> tuple[int, str, str]:
-    result = RUNNER.invoke(app, ["run", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def answers(*arguments: object) -> list[dict[str, Any]]:
-    code, out, _ = call(*arguments, "--json")
-    assert code == 0
-    found: list[dict[str, Any]] = json.loads(out)["answers"]
-    return found
 
 
 @pytest.mark.parametrize("options", [(), DRAWN])

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from architectures import make
+from cli_runs import answers, call
 from export_fixtures import write_tokenizer
-from typer.testing import CliRunner
 
-from loracle.cli.app import app
 from loracle.export import Seq2SeqSession, TextModel, export, generate
 
-RUNNER = CliRunner()
 PROMPTS = ("translate: hello", "a")
 GIVEN = [part for prompt in PROMPTS for part in ("--prompt", prompt)]
 DRAWN = ("--temperature", "1.0", "--seed", "3")
@@ -28,20 +24,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "chat_template.jinja").unlink()
     export(base, base.parent / "onnx")
     return base.parent / "onnx"
-
-
-def call(*arguments: object) -> tuple[int, str, str]:
-    result = RUNNER.invoke(app, ["run", *map(str, arguments)])
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout, result.stderr
-
-
-def answers(*arguments: object) -> list[dict[str, Any]]:
-    code, out, _ = call(*arguments, "--json")
-    assert code == 0
-    found: list[dict[str, Any]] = json.loads(out)["answers"]
-    return found
 
 
 def test_each_prompt_is_a_source_whose_target_is_the_answer(folder: Path) -> None:
