@@ -16,9 +16,9 @@ ends an answer early. A way's prefill is timed to its first token, its decoding 
 - Optimum: its exported graph in its own decoder, in a process of its own; inputs bound or not, by trial
 
 First, parity: every way of the merged model must choose our tokens, or explain the first other one
-(`decode_parity`). Then time, in rounds. A round opens every model anew, warms it with the prompt, and for
-each prompt runs one chain in which every way stands twice between two answers of ours, O X X O Y Y O ...,
-backwards in every second round. A way's ratio in a round is (X + X) / (O + O) with our answers beside it; the
+(`decode_parity`). Then time, in rounds. A round opens every model anew, and for each prompt runs one chain in
+which every way stands twice between two answers of ours, O X X O Y Y O ..., backwards in every second round.
+A short answer that is not timed goes before each. A way's ratio in a round is (X + X) / (O + O) with our answers beside it; the
 figure is the median over the rounds, with an interval from order statistics.
 
 The bound: all weights are read once a token (the cache, a few per cent of them here, is left out), as fast as
@@ -91,9 +91,13 @@ def chain(own: Callable[[], Seconds], ways: Sequence[Callable[[], Seconds]]) -> 
 
 
 def timed(answer: Opened, text: Prompt, new_tokens: int, seconds: list[Seconds]) -> Callable[[], Seconds]:
-    """A call that answers, and keeps and returns its seconds."""
+    """A call that answers, and keeps and returns its seconds.
+
+    A short answer goes before it: threads of the way before still spin for a while, and would slow a prefill.
+    """
 
     def run() -> Seconds:
+        answer(text, WARM_TOKENS)
         found = answer(text, new_tokens)
         seconds.append((found.first, found.rest))
         return seconds[-1]
@@ -181,8 +185,6 @@ def measure(
         bandwidths.append(read_bandwidth(threads))
         answers = {subject.name: subject.open() for subject in subjects[turn]}
         for own in prompts:
-            for answer in answers.values():
-                answer(own, WARM_TOKENS)
             seconds: dict[str, list[Seconds]] = {name: [] for name in answers}
             runs = {name: timed(answer, own, new_tokens, seconds[name]) for name, answer in answers.items()}
             ways = [subject.name for subject in subjects[1:]][turn]
