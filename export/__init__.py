@@ -10,6 +10,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .answers import Answer
+    from .deployment import Deployment
     from .exporter import ExportSummary, export
     from .generation import generate, greedy
     from .growing_session import open_decoder
@@ -21,8 +23,10 @@ if TYPE_CHECKING:
     from .verification import verify
 
 _HOMES = {
+    "Answer": "answers",
     "Check": "report",
     "DecoderSession": "session",
+    "Deployment": "deployment",
     "ExportSummary": "exporter",
     "Sampling": "sampling",
     "Seq2SeqSession": "seq2seq_session",
@@ -37,8 +41,10 @@ _HOMES = {
 }
 
 __all__ = [
+    "Answer",
     "Check",
     "DecoderSession",
+    "Deployment",
     "ExportSummary",
     "Sampling",
     "Seq2SeqSession",

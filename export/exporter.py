@@ -25,15 +25,18 @@ from .architecture import check_supported
 from .external import load_graph
 from .genai_config import genai_config
 from .graphs import graph_template, graph_templates
-from .linked import check_name, linked_bytes, write_linked
+from .linked import linked_bytes, write_linked
 from .names import GENAI_FILE, GRAPH_FILE
 from .options import GraphOptions, noted_options
+from .swappable import write_swappable
+from .task_names import check_name
 from .tasks import Task
 from .template import DecoderShape, GraphTemplate
 from .underflow import CountedWeights, Underflow
 from .write import Progress, write_models
 
-FORMS = ("baked", "linked")
+FORMS = ("baked", "linked", "swappable")
+_WRITERS = {"linked": write_linked, "swappable": write_swappable}
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,17 @@ def _check_form(form: str, name: str | None, adapter_dir: str | Path | None, *, 
         raise ConfigError(f"form: expected one of {', '.join(FORMS)}, got {form!r}")
     if form == "baked":
         if name is not None:
-            raise ConfigError(f"name: expected none in the form baked, got {name!r}; choose --form linked")
+            raise ConfigError(f"name: expected none in the form baked, got {name!r}; choose another --form")
         if replace:
             raise ConfigError(
-                "replace: expected a task to exchange, got the form baked; choose --form linked"
+                "replace: expected a task to exchange, got the form baked; choose another --form"
             )
         return
     if name is None:
-        raise ConfigError("name: expected the task's name in the form linked, got none")
+        raise ConfigError(f"name: expected the task's name in the form {form}, got none")
     check_name(name)
     if adapter_dir is None:
-        raise ConfigError("adapter: expected one in the form linked, got none; give the task's adapter")
+        raise ConfigError(f"adapter: expected one in the form {form}, got none; give the task's adapter")
 
 
 def export(
@@ -118,12 +121,13 @@ def export(
     Args:
         model_dir: transformers folder of the base model (safetensors).
         out_dir: folder to make; must not exist, or be empty. It appears whole or not at all. In the form
-            "linked" it may be a deployment, to which the task is added.
+            "linked" or "swappable" it may be a deployment, to which the task is added.
         adapter_dir: PEFT adapter folder, or None for the base model itself.
         dtype: "fp32" or "fp16", the type of weights, cache and logits.
-        form: "baked", one graph with its weights; or "linked", the base model and beside it a graph `name`
-            with the merged weights alone (`linked.py`).
-        name: of the task, in the form "linked".
+        form: "baked", one graph with its weights; or the base model and beside it "linked", a graph `name`
+            with the merged weights alone (`linked.py`), or "swappable", these weights as inputs of one graph
+            for all tasks (`swappable.py`).
+        name: of the task, unless the form is "baked".
         replace: whether a task of this name may be there; its graph is exchanged in one step.
         quantization: None; or "int8" or "int4", for codes of the merged weights of linear layers
             (`quantized.py`).
@@ -136,7 +140,7 @@ def export(
         LoracleError: what is wrong with the input, in one line; nothing is written then.
     """
     _check_form(form, name, adapter_dir, replace=replace)
-    # A linked task owns what its adapter changes: rows of other weights beside it would be its own too.
+    # A task owns what its adapter changes: rows of other weights beside it would be its own too.
     options = GraphOptions(dtype, packed=form == "baked", quantization=quantization, portable=portable)
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
@@ -145,7 +149,7 @@ def export(
         task = check_supported(config, str(Path(model_dir) / CONFIG_FILE), trusted=trust_remote_code)
         trusted = bool(config.get("auto_map"))
         if name is not None:
-            _check_linked(weights, task, name)
+            _check_task(weights, task, form, name)
         counted = CountedWeights(weights)
         merged = tuple(weights.merged_names)
         base = Path(out_dir, GRAPH_FILE)
@@ -162,7 +166,7 @@ def export(
                 )
             template = graph_template(checkpoint, config, task, options, trusted=trusted)
             nodes, tensors = _counts([template])
-            size = write_linked(template, counted, Path(out_dir), name, progress, replace=replace)
+            size = _WRITERS[form](template, counted, Path(out_dir), name, progress, replace=replace)
             return ExportSummary(
                 Path(out_dir), dtype, size, nodes, tensors, merged, quantization, counted.underflow()
             )
@@ -179,20 +183,20 @@ def export(
                     templates, MergedWeights(checkpoint, None), folder, progress, beside=beside
                 )
                 template = graph_template(checkpoint, config, task, options, trusted=trusted)
-                size += write_linked(template, counted, folder, name, progress)
+                size += _WRITERS[form](template, counted, folder, name, progress)
             _write_descriptions(checkpoint, config, first, folder, adapter_dir)
         return ExportSummary(
             Path(out_dir), dtype, size, nodes, tensors, merged, quantization, counted.underflow()
         )
 
 
-def _check_linked(weights: MergedWeights, task: Task, name: str) -> None:
+def _check_task(weights: MergedWeights, task: Task, form: str, name: str) -> None:
     """Raise ConfigError where the base has not the task's graph."""
     if task.encoded:
-        raise ConfigError(f"form: expected baked for a model with encoder and decoder, got linked for {name}")
+        raise ConfigError(f"form: expected baked for a model with encoder and decoder, got {form} for {name}")
     if weights.config != weights.checkpoint.config:
         raise ConfigError(
-            f"form: expected baked for an adapter that brings a head or a vocabulary of its own, got linked "
+            f"form: expected baked for an adapter that brings a head or a vocabulary of its own, got {form} "
             f"for {name}"
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +58,7 @@ class GrowingSession(DecoderSession):
 
     def _run(self, tokens: Array, mask: Array, *, last_only: bool) -> Array:
         """Logits (rows, n, vocabulary) of new tokens (rows, n)."""
-        binding = self.session.io_binding()
+        binding = self._new_binding()
         binding.bind_cpu_input(INPUT_IDS, tokens)
         binding.bind_cpu_input(ATTENTION_MASK, mask)
         for past, present, value in zip(self._past, self._present, self._cache, strict=True):
@@ -72,7 +72,12 @@ class GrowingSession(DecoderSession):
 
 
 def open_decoder(
-    source: str | Path | onnxruntime.InferenceSession, capacity: int, *, threads: int = 0, batch: int = 1
+    source: str | Path | onnxruntime.InferenceSession,
+    capacity: int,
+    *,
+    threads: int = 0,
+    batch: int = 1,
+    weights: Mapping[str, onnxruntime.OrtValue] | None = None,
 ) -> DecoderSession:
     """A session for an exported decoder, whichever cache its graph has; see `DecoderSession`."""
     if isinstance(source, onnxruntime.InferenceSession):
@@ -81,4 +86,4 @@ def open_decoder(
         check_capacity(source, capacity)
         session = open_session(source, threads)
     kind = GrowingSession if grows(session) else DecoderSession
-    return kind(session, capacity, batch=batch)
+    return kind(session, capacity, batch=batch, weights=weights)

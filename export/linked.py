@@ -16,33 +16,27 @@ when. The base and other tasks are not written to.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
-from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
-
-import onnx_ir as ir
 
 from loracle.files import require_space
 from loracle.files.atomic import flush_folder, flush_tree, reported
 from loracle.files.lock import locked
 from loracle.files.partial import partial_folder, remove_abandoned
-from loracle.reference import ConfigError, FileError
+from loracle.reference import FileError
 
+from .deployed_base import UNDER_WAY, Hashing, share, split
 from .external import load_graph
 from .matching import WeightSource
 from .names import GRAPH_FILE, GRAPH_SUFFIX
+from .task_names import check_name, is_name
 from .template import GraphTemplate
-from .weight_check import compare_tensor
-from .write import BoundTensors, Progress, graph_bytes, lay_out, refer, stored, write_data
+from .write import BoundTensors, Progress, graph_bytes, lay_out, refer, write_data
 
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _DATA_FILE = re.compile(r".+\.([0-9a-f]{16})\.onnx_data")
 _MENTIONED = re.compile(rb"\.([0-9a-f]{16})\.onnx_data")
-_UNDER_WAY = "task"
 
 
 def write_linked(
@@ -73,16 +67,16 @@ def write_linked(
     graph = _graph_file(deployment, name)
     _require_new(graph, replace)
     tensors = BoundTensors([template], source)
-    own, shared = _split(template, tensors)
-    _share(shared, load_graph(deployment / GRAPH_FILE), deployment, tensors)
+    own, shared = split(template, tensors)
+    share(shared, load_graph(deployment / GRAPH_FILE), deployment, tensors)
     layout = lay_out(own)
-    under_way = deployment / _UNDER_WAY
+    under_way = deployment / UNDER_WAY
     remove_abandoned(under_way)
     # the task's graph is as large as the base's
     require_space(deployment, layout.nbytes + (deployment / GRAPH_FILE).stat().st_size)
     with reported(graph), partial_folder(under_way) as folder:
         with open(folder / "data", "xb") as file:
-            hashing = _Hashing(file)
+            hashing = Hashing(file)
             write_data(hashing, layout, tensors, progress)
         data = f"{name}.{hashing.hexdigest()[:16]}.onnx_data"
         for value in own:
@@ -131,9 +125,7 @@ def task_graph(deployment: Path, name: str) -> Path:
 def task_names(deployment: Path) -> tuple[str, ...]:
     """The names of a deployment's tasks, sorted."""
     graphs = deployment.glob(f"*{GRAPH_SUFFIX}")
-    return tuple(
-        sorted(path.stem for path in graphs if path.name != GRAPH_FILE and _NAME.fullmatch(path.stem))
-    )
+    return tuple(sorted(path.stem for path in graphs if is_name(path.stem)))
 
 
 def task_size(deployment: Path, name: str) -> int:
@@ -154,17 +146,8 @@ def linked_bytes(template: GraphTemplate, source: WeightSource) -> int:
 
     Raises TargetError or ShapeError where `source` is not of the template's model.
     """
-    own, _ = _split(template, BoundTensors([template], source))
+    own, _ = split(template, BoundTensors([template], source))
     return lay_out(own).nbytes
-
-
-def check_name(name: str) -> None:
-    """Raise ConfigError unless `name` can be a task's."""
-    if not _NAME.fullmatch(name) or (name + GRAPH_SUFFIX).lower() == GRAPH_FILE:
-        raise ConfigError(
-            f"name: expected letters, digits, '.', '_' and '-' for a task, and not the base's "
-            f"'{GRAPH_FILE.removesuffix(GRAPH_SUFFIX)}', got {name!r}"
-        )
 
 
 def _graph_file(deployment: Path, name: str) -> Path:
@@ -175,49 +158,6 @@ def _graph_file(deployment: Path, name: str) -> Path:
 def _require_new(graph: Path, replace: bool) -> None:
     if not replace and os.path.lexists(graph):
         raise FileError(f"{graph}: the deployment has this task; choose another name or remove it")
-
-
-def _split(template: GraphTemplate, tensors: BoundTensors) -> tuple[list[ir.Value], list[ir.Value]]:
-    """The stored initializers that the adapter changes, and the others."""
-    merged = frozenset(tensors.source.merged_names)
-    own: list[ir.Value] = []
-    shared: list[ir.Value] = []
-    for value in stored(template):
-        changed = any(tensors.found[weight] in merged for weight in tensors.weights(str(value.name)))
-        (own if changed else shared).append(value)
-    return own, shared
-
-
-def _share(shared: Sequence[ir.Value], base: ir.Model, deployment: Path, tensors: BoundTensors) -> None:
-    """Let each of `shared` be what lies in the base's data file, which must be the same bits."""
-    for value in shared:
-        name = str(value.name)
-        held = base.graph.initializers.get(name)
-        tensor = None if held is None else held.const_value
-        if not isinstance(tensor, ir.ExternalTensor):
-            raise _another(deployment, f"expected {name} in its data file, found none")
-        assert value.shape is not None
-        assert value.dtype is not None
-        got, shape, dtype = tensor.numpy(), tuple(value.shape.numpy()), value.dtype.numpy()
-        if (got.shape, got.dtype) != (shape, dtype):
-            raise _another(
-                deployment, f"{name}: expected shape {shape} in {dtype}, got {got.shape} in {got.dtype}"
-            )
-        for part, held in tensors.parts(name, got).items():
-            difference = compare_tensor(part, held, tensors.tensor(part))
-            if difference is not None:
-                raise _another(deployment, str(difference))
-        del got, held  # they are views of the mapped file
-        tensor.release()
-        tensors.release(name)
-        refer(value, str(tensor.location), int(tensor.offset or 0), deployment)
-
-
-def _another(deployment: Path, difference: str) -> FileError:
-    return FileError(
-        f"{deployment / GRAPH_FILE}: {difference}; the deployment's base is another model, or in another "
-        "--dtype; choose another --out"
-    )
 
 
 def _remove_unmentioned(deployment: Path) -> None:
@@ -232,18 +172,3 @@ def _remove_unmentioned(deployment: Path) -> None:
             matched = _DATA_FILE.fullmatch(name)
             if matched and matched[1] not in mentioned:
                 (deployment / name).unlink()
-
-
-class _Hashing:
-    """A file, and the SHA-256 of what is written to it."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self._digest = hashlib.sha256()
-
-    def write(self, data: Any, /) -> int:
-        self._digest.update(data)
-        return self._file.write(data)
-
-    def hexdigest(self) -> str:
-        return self._digest.hexdigest()

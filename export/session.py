@@ -6,12 +6,13 @@ Needs onnxruntime and NumPy alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
+from onnxruntime.capi import onnxruntime_pybind11_state
 
 from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, FileError, ShapeError
@@ -37,6 +38,13 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
 }
+REFUSALS: tuple[type[Exception], ...] = tuple(
+    kind
+    for kind in vars(onnxruntime_pybind11_state).values()
+    if isinstance(kind, type) and issubclass(kind, Exception)
+)
+"""What onnxruntime raises; these classes have no base of their own."""
+
 # While tokens come one by one the mask has columns to spare, and grows by this many: onnxruntime plans its
 # memory anew for every new shape, which costs as much as several steps of a small model.
 _COLUMNS = 128
@@ -56,18 +64,35 @@ def open_session(model: str | Path, threads: int = 0) -> onnxruntime.InferenceSe
         path = path / GRAPH_FILE
     if not path.is_file():
         raise FileError(f"{path}: expected an exported model, found none; make one with `loracle export`")
+    return _open(str(path), path, _options(threads))
+
+
+def open_graph(graph: bytes, folder: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+    """As `open_session`, for a serialized graph whose data files lie in `folder`."""
+    options = _options(threads)
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
+    return _open(graph, folder, options)
+
+
+def _options(threads: int) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # Every fully used core spins between operators otherwise, which slows whatever else runs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads != 1 else "0")
+    return options
+
+
+def _open(
+    source: str | bytes, path: Path, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     available = onnxruntime.get_available_providers()
     try:
         return onnxruntime.InferenceSession(
-            str(path), options, providers=[provider for provider in wanted if provider in available]
+            source, options, providers=[provider for provider in wanted if provider in available]
         )
-    except onnxruntime.capi.onnxruntime_pybind11_state.OnnxRuntimeException as error:
+    except REFUSALS as error:
         raise FileError(f"{path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from error
 
 
@@ -124,6 +149,7 @@ class DecoderSession:
         capacity: most tokens of a row, prompt and answer together.
         threads: onnxruntime's threads; 0 leaves the choice to it.
         batch: number of rows.
+        weights: of a task, by the names of the graph's inputs; the others are the base's.
 
     Attributes:
         length: tokens of the longest row.
@@ -139,6 +165,7 @@ class DecoderSession:
         *,
         threads: int = 0,
         batch: int = 1,
+        weights: Mapping[str, onnxruntime.OrtValue] | None = None,
     ) -> None:
         if capacity < 1:
             raise ConfigError(f"capacity: expected at least 1 token, got {capacity}")
@@ -169,6 +196,7 @@ class DecoderSession:
         self.dtype = DTYPES[outputs[LOGITS].type]
         self.vocabulary = int(outputs[LOGITS].shape[-1])
         self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+        self._weights = weights or {}
         self._keeps_last = LOGITS_TO_KEEP in inputs or any(
             entry.name == LOGITS_TO_KEEP for entry in session.get_overridable_initializers()
         )
@@ -191,7 +219,7 @@ class DecoderSession:
         self.rows = cache[0].shape[0]
         self._host_cache = cache if self._device == "cpu" else []
         self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in cache]
-        self._prompt_binding, self._step_binding = self.session.io_binding(), self.session.io_binding()
+        self._prompt_binding, self._step_binding = self._new_binding(), self._new_binding()
         for binding in (self._prompt_binding, self._step_binding):
             for past, present, value in zip(self._past, self._present, self._cache, strict=True):
                 binding.bind_ortvalue_input(past, value)
@@ -206,6 +234,13 @@ class DecoderSession:
         # NumPy owns the buffer: an array taken from an OrtValue would not keep its memory alive.
         step.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
         self._step_logits = logits[:, 0]
+
+    def _new_binding(self) -> onnxruntime.IOBinding:
+        """A binding that has the task's weights."""
+        binding = self.session.io_binding()
+        for name, value in self._weights.items():
+            binding.bind_ortvalue_input(name, value)
+        return binding
 
     def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Raise ShapeError where the capacity has no room for the prompts and their answers."""

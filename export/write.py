@@ -163,11 +163,11 @@ def nbytes(value: ir.Value) -> int:
     return math.prod(int(size) for size in value.shape.numpy()) * int(value.dtype.itemsize)
 
 
-def lay_out(values: Iterable[ir.Value]) -> Layout:
-    """The places of `values` in a data file, one after the other, each at a multiple of `ALIGNMENT`."""
+def lay_out(values: Iterable[ir.Value], alignment: int = ALIGNMENT) -> Layout:
+    """The places of `values` in a data file, one after the other, each at a multiple of `alignment`."""
     offsets, end = {}, 0
     for value in values:
-        start = end + -end % ALIGNMENT
+        start = end + -end % alignment
         offsets[str(value.name)] = start
         end = start + nbytes(value)
     return Layout(offsets, end)

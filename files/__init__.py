@@ -3,7 +3,7 @@
 from .adapter import Adapter, LoraPair, read_adapter, write_adapter, write_adapter_files
 from .atomic import output_folder, write_atomic
 from .cache import cache_folder
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, Tensors
 from .config import LoraConfig
 from .head_config import HeadConfig
 from .litgpt import adapter_from_litgpt
@@ -23,6 +23,7 @@ __all__ = [
     "LoraPair",
     "MergedCheckpoint",
     "MergedWeights",
+    "Tensors",
     "adapter_from_litgpt",
     "adapter_from_loralib",
     "cache_folder",

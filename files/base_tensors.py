@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from loracle.reference import FileError
 
 from .architectures import Experts, architecture_of
-from .checkpoint import Checkpoint
+from .checkpoint import Tensors
 from .tensor_names import TensorNames
 
 
@@ -27,7 +27,7 @@ class BaseTensors:
         experts: how the weights of a mixture's experts are named; empty for other models.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sources: Mapping[str, str] | None = None) -> None:
+    def __init__(self, checkpoint: Tensors, sources: Mapping[str, str] | None = None) -> None:
         self._checkpoint = checkpoint
         self._sources = (
             dict(zip(checkpoint.names, checkpoint.names, strict=True)) if sources is None else sources

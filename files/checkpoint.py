@@ -2,10 +2,10 @@
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,35 @@ INDEX_FILE = "model.safetensors.index.json"
 
 INPUT_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "embed_in")
 OUTPUT_EMBEDDINGS = ("lm_head", "embed_out")
+
+
+class Tensors(Protocol):
+    """A model's weights, one tensor at a time, as `Checkpoint` has them."""
+
+    @property
+    def dir(self) -> Path: ...
+
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def shards(self) -> Mapping[str, tuple[str, ...]]: ...
+
+    @property
+    def tied(self) -> bool: ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> np.dtype[Any]: ...
+
+    def tensor(self, name: str) -> NDArray[Any]: ...
+
+    def release(self, name: str) -> None: ...
 
 
 class Checkpoint:
@@ -112,17 +141,8 @@ class Checkpoint:
 
     @property
     def tied(self) -> bool:
-        """Whether input and output embeddings are one tensor.
-
-        As ``tie_word_embeddings`` in the configuration says; where it says nothing, because the value is the
-        architecture's default, embeddings without an output layer beside them are tied.
-        """
-        flag = self.config.get("tie_word_embeddings")
-        if isinstance(flag, bool):
-            return flag
-        has_input = any(is_module(name, INPUT_EMBEDDINGS) for name in self.names)
-        has_output = any(is_module(name, OUTPUT_EMBEDDINGS) for name in self.names)
-        return has_input and not has_output
+        """Whether input and output embeddings are one tensor; see `is_tied`."""
+        return is_tied(self.config, self.names)
 
     def _file(self, name: str) -> SafetensorsFile:
         if not self._files:
@@ -130,6 +150,20 @@ class Checkpoint:
         if name not in self._home:
             raise FileError(f"{self.dir}: has no tensor {name}; is this the right model?")
         return self._home[name]
+
+
+def is_tied(config: Mapping[str, Any], names: Collection[str]) -> bool:
+    """Tell whether input and output embeddings are one tensor.
+
+    As ``tie_word_embeddings`` in the configuration says; where it says nothing, because the value is the
+    architecture's default, embeddings without an output layer beside them are tied.
+    """
+    flag = config.get("tie_word_embeddings")
+    if isinstance(flag, bool):
+        return flag
+    has_input = any(is_module(name, INPUT_EMBEDDINGS) for name in names)
+    has_output = any(is_module(name, OUTPUT_EMBEDDINGS) for name in names)
+    return has_input and not has_output
 
 
 def is_module(name: str, modules: tuple[str, ...]) -> bool:

@@ -11,7 +11,7 @@ from loracle.reference import DTypeError, ShapeError, TargetError
 
 from .adapter import Adapter
 from .architectures import CLASS_ENDS, HeadedClass, architecture_of
-from .checkpoint import OUTPUT_EMBEDDINGS, Checkpoint, is_module
+from .checkpoint import OUTPUT_EMBEDDINGS, Tensors, is_module
 from .head_config import HeadConfig, labels_of
 from .lora_pair import FLOATS
 
@@ -35,7 +35,7 @@ class Head:
     config: Mapping[str, Any]
 
 
-def plan_head(checkpoint: Checkpoint, adapter: Adapter) -> Head | None:
+def plan_head(checkpoint: Tensors, adapter: Adapter) -> Head | None:
     """Return what the adapter's head makes of the checkpoint; None where the adapter has none.
 
     A tensor counts as one of the head where ``modules_to_save`` names its module and the class has it beside
@@ -83,7 +83,7 @@ def plan_head(checkpoint: Checkpoint, adapter: Adapter) -> Head | None:
     return Head(sources, new, _config(checkpoint, adapter, headed, trained))
 
 
-def _headed_class(checkpoint: Checkpoint, adapter: Adapter) -> HeadedClass | None:
+def _headed_class(checkpoint: Tensors, adapter: Adapter) -> HeadedClass | None:
     architecture = architecture_of(checkpoint.config)
     assert architecture is not None
     by_name = {headed.name: headed for headed in architecture.heads.values()}
@@ -97,7 +97,7 @@ def _headed_class(checkpoint: Checkpoint, adapter: Adapter) -> HeadedClass | Non
     return by_name.get(classes[0]) if isinstance(classes, list) and classes else None
 
 
-def _sources(checkpoint: Checkpoint, headed: HeadedClass, prefix: str) -> Mapping[str, str]:
+def _sources(checkpoint: Tensors, headed: HeadedClass, prefix: str) -> Mapping[str, str]:
     """Return the checkpoint's tensors that the class has, by its names for them."""
     body = f"{prefix}."
     prefixed = any(name.startswith(body) for name in checkpoint.names)
@@ -124,7 +124,7 @@ def _within(name: str, modules: tuple[str, ...]) -> bool:
 
 
 def _config(
-    checkpoint: Checkpoint, adapter: Adapter, headed: HeadedClass, trained: Mapping[str, NDArray[Any]]
+    checkpoint: Tensors, adapter: Adapter, headed: HeadedClass, trained: Mapping[str, NDArray[Any]]
 ) -> Mapping[str, Any]:
     """Return the keys of ``config.json`` that say what the head is."""
     changed: dict[str, Any] = {"architectures": [headed.name]}
@@ -179,7 +179,7 @@ def with_changes(config: Mapping[str, Any], changes: Mapping[str, Any]) -> Mappi
     }
 
 
-def weights_dtype(checkpoint: Checkpoint) -> np.dtype[Any]:
+def weights_dtype(checkpoint: Tensors) -> np.dtype[Any]:
     """Return the floating-point dtype that most of the checkpoint's entries have; float32 without any."""
     entries: dict[np.dtype[Any], int] = {}
     for name in checkpoint.names:

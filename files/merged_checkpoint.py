@@ -80,7 +80,7 @@ def write_merged_checkpoint(
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
         weights = MergedWeights(checkpoint, adapter, threads=threads)
-        plan = _Plan(weights, target)
+        plan = _Plan(checkpoint, weights, target)
         with output_folder(out_dir) as folder:
             require_space(folder.parent, plan.total_bytes + sidecar_bytes(checkpoint.dir))
             done = 0
@@ -102,9 +102,9 @@ def write_merged_checkpoint(
 class _Plan:
     """Which dtype each tensor is written in."""
 
-    def __init__(self, weights: MergedWeights, target: np.dtype[Any] | None) -> None:
+    def __init__(self, checkpoint: Checkpoint, weights: MergedWeights, target: np.dtype[Any] | None) -> None:
+        self.checkpoint = checkpoint
         self.weights = weights
-        self.checkpoint = weights.checkpoint
         self.target = target
         self.total_bytes = sum(
             math.prod(weights.shape(name)) * self.dtype(name).itemsize for name in weights.names

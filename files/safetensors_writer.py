@@ -29,8 +29,10 @@ class Sink(Protocol):
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
-def safetensors_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
-    """Return everything that precedes the first tensor's bytes.
+def safetensors_header(
+    layout: Layout, metadata: Mapping[str, str], *, alignment: int = LENGTH_BYTES
+) -> bytes:
+    """Return everything that precedes the first tensor's bytes: a multiple of ``alignment``, itself one of 8.
 
     Raises:
         DTypeError: the format has no name for a dtype.
@@ -44,7 +46,7 @@ def safetensors_header(layout: Layout, metadata: Mapping[str, str]) -> bytes:
         header[name] = {"dtype": _CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(LENGTH_BYTES + len(text)) % alignment)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text
 
 

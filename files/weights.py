@@ -8,7 +8,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from .adapter import Adapter
 from .base_tensors import BaseTensors
-from .checkpoint import Checkpoint
+from .checkpoint import Tensors
 from .experts import named_experts
 from .heads import plan_head, weights_dtype, with_changes
 from .plan import plan_replacements, plan_updates
@@ -58,7 +58,7 @@ class MergedWeights:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, adapter: Adapter | None = None, *, threads: int | None = None
+        self, checkpoint: Tensors, adapter: Adapter | None = None, *, threads: int | None = None
     ) -> None:
         self.checkpoint = checkpoint
         self.adapter = adapter

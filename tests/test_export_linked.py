@@ -177,7 +177,7 @@ def test_a_task_that_is_there_is_kept_unless_it_is_to_be_replaced(models: Path, 
 )
 def test_a_name_that_could_be_another_file_is_refused(models: Path, tmp_path: Path, name: str) -> None:
     message = (
-        "name: expected letters, digits, '.', '_' and '-' for a task, and not the base's 'model', "
+        "name: expected letters, digits, '.', '_' and '-' for a task, and not 'model' or 'swappable', "
         f"got {name!r}"
     )
     refused(lambda: linked(models, tmp_path / "out", name), ConfigError, message)
@@ -201,8 +201,8 @@ def test_a_task_that_appears_while_another_is_written_is_kept(models: Path, depl
 def test_options_that_do_not_fit_the_form_are_refused(models: Path, tmp_path: Path) -> None:
     base, out = models / "tied True", tmp_path / "out"
     for options, message in (
-        ({"form": "frozen"}, "form: expected one of baked, linked, got 'frozen'"),
-        ({"name": "a"}, "name: expected none in the form baked, got 'a'; choose --form linked"),
+        ({"form": "frozen"}, "form: expected one of baked, linked, swappable, got 'frozen'"),
+        ({"name": "a"}, "name: expected none in the form baked, got 'a'; choose another --form"),
         ({"form": "linked"}, "name: expected the task's name in the form linked, got none"),
         (
             {"form": "linked", "name": "a"},

@@ -335,3 +335,10 @@ def test_generating_imports_no_torch(folder: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_a_file_that_onnxruntime_refuses_is_named(tmp_path: Path) -> None:
+    (tmp_path / GRAPH_FILE).write_bytes(b"no graph")
+    with pytest.raises(FileError, match=f"^{tmp_path / GRAPH_FILE}: onnxruntime refuses it: ") as caught:
+        open_session(tmp_path)
+    assert "\n" not in str(caught.value)

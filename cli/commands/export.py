@@ -21,13 +21,15 @@ def command(
     form: Annotated[
         str,
         typer.Option(
-            "--form", help="baked, or linked: the base beside a graph with the merged weights alone."
+            "--form",
+            help="baked; or the base model and beside it a task: linked, a graph with the merged weights "
+            "alone, or swappable, merged weights that are inputs of one graph for all tasks.",
         ),
     ] = "baked",
-    name: Annotated[str | None, typer.Option("--name", help="The task's name, in the form linked.")] = None,
-    replace: Annotated[
-        bool, typer.Option("--replace", help="Exchange the task of this name, in the form linked.")
-    ] = False,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The task's name, unless the form is baked.")
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Exchange the task of this name.")] = False,
     quantization: Annotated[
         str | None,
         typer.Option("--quantization", help="int8 or int4: codes of the merged weights of linear layers."),

@@ -1,0 +1,80 @@
+"""A task's merged tensors in memory: mapped from its file, and bound as they lie there.
+
+Needs onnxruntime and NumPy alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from loracle.files.safetensors_file import SafetensorsFile
+from loracle.reference import FileError
+
+Array = np.ndarray[Any, Any]
+Signature = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """The tensors of one task.
+
+    Attributes:
+        weights: what a session is given, by the names of its inputs. Each value keeps its memory.
+        nbytes: of all of them.
+        signature: tells whether the task's file is still the one that was loaded; empty for what was merged.
+    """
+
+    weights: Mapping[str, onnxruntime.OrtValue]
+    nbytes: int
+    signature: Signature = ()
+
+
+def signature_of(path: Path) -> Signature | None:
+    """What changes when another file takes the place of this one; None where there is none."""
+    try:
+        found = os.stat(path)
+    except FileNotFoundError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def map_task(path: Path, signature: Signature, device: str) -> LoadedTask:
+    """Map a task's file; on a CPU no byte is copied.
+
+    Raises FileError: it is missing or no safetensors file.
+    """
+    file = SafetensorsFile(path)
+    return load_task({name: file.tensor(name) for name in file.entries}, device, signature)
+
+
+def load_task(tensors: Mapping[str, Array], device: str, signature: Signature = ()) -> LoadedTask:
+    """Tensors as a session takes them; on a CPU no byte is copied."""
+    values = {
+        name: onnxruntime.OrtValue.ortvalue_from_numpy(array, device, 0) for name, array in tensors.items()
+    }
+    return LoadedTask(values, sum(array.nbytes for array in tensors.values()), signature)
+
+
+def check_inputs(source: str, task: LoadedTask, session: onnxruntime.InferenceSession) -> None:
+    """Raise FileError unless a session takes every tensor of a task as it is."""
+    inputs = {entry.name: entry for entry in session.get_overridable_initializers()}
+    for name, value in task.weights.items():
+        if name not in inputs:
+            raise FileError(
+                f"{source}: {name}: expected one of the graph's inputs, found none; is the task another "
+                "model's?"
+            )
+        entry = inputs[name]
+        got = (value.data_type(), tuple(value.shape()))
+        if got != (entry.type, tuple(entry.shape)):
+            raise FileError(
+                f"{source}: {name}: expected shape {tuple(entry.shape)} in {entry.type}, got {got[1]} in "
+                f"{got[0]}; is the task another model's?"
+            )
