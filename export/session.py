@@ -209,7 +209,7 @@ class DecoderSession:
     def reset(self) -> None:
         """Forget the texts; every row is computed again."""
         if self.rows != self.batch:
-            self._bind([np.zeros(self._cache_shape, self._cache_dtype) for _ in self._past])
+            self._bind(list(np.zeros((len(self._past), *self._cache_shape), self._cache_dtype)))
         self.length = 0
         self._padding = np.zeros(self.rows, np.int64)
         self._width = 0
@@ -219,21 +219,27 @@ class DecoderSession:
         self.rows = cache[0].shape[0]
         self._host_cache = cache if self._device == "cpu" else []
         self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in cache]
-        self._prompt_binding, self._step_binding = self._new_binding(), self._new_binding()
-        for binding in (self._prompt_binding, self._step_binding):
-            for past, present, value in zip(self._past, self._present, self._cache, strict=True):
-                binding.bind_ortvalue_input(past, value)
-                binding.bind_ortvalue_output(present, value)
-        step = self._step_binding
+        self._binding = self._new_binding()
+        for past, present, value in zip(self._past, self._present, self._cache, strict=True):
+            self._binding.bind_ortvalue_input(past, value)
+            self._binding.bind_ortvalue_output(present, value)
         self._tokens = np.zeros((self.rows, 1), np.int64)
         self._token_column = self._tokens[:, 0]
-        step.bind_cpu_input(INPUT_IDS, self._tokens)
+        self._step_output = np.empty((self.rows, 1, self.vocabulary), self.dtype)
+        self._step_logits = self._step_output[:, 0]
+        self._width = 0
+
+    def _bind_step(self) -> None:
+        """Bind what a step of one token a row reads and writes, but for the mask."""
+        self._binding.bind_cpu_input(INPUT_IDS, self._tokens)
+        self._bind_logits(self._step_output)
+
+    def _bind_logits(self, logits: Array) -> None:
+        """Let the next run write logits (rows, n, vocabulary) of the last n tokens."""
         if self._keeps_last:
-            step.bind_ortvalue_input(LOGITS_TO_KEEP, _number(1))
-        logits = np.empty((self.rows, 1, self.vocabulary), self.dtype)
+            self._binding.bind_ortvalue_input(LOGITS_TO_KEEP, _number(logits.shape[1]))
         # NumPy owns the buffer: an array taken from an OrtValue would not keep its memory alive.
-        step.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
-        self._step_logits = logits[:, 0]
+        self._binding.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
 
     def _new_binding(self) -> onnxruntime.IOBinding:
         """A binding that has the task's weights."""
@@ -305,7 +311,6 @@ class DecoderSession:
             np.ascontiguousarray(ids, np.int64)[None], np.ones((1, end), np.int64), last_only=False
         )[0]
         self.length = end
-        self._width = 0
         return logits
 
     def decode(self, tokens: Array | Sequence[int]) -> Array:
@@ -323,11 +328,13 @@ class DecoderSession:
         require_one_a_row(tokens, self.rows)
         end = self.length + 1
         if end > self._width:
+            if not self._width:
+                self._bind_step()
             self._widen(end)
         self._token_column[:] = tokens
         self._mask[self._columns] = 1
         self._columns -= 1
-        binding = self._step_binding
+        binding = self._binding
         if self._device != "cpu":  # binding copies to the device
             binding.bind_cpu_input(INPUT_IDS, self._tokens)
             binding.bind_cpu_input(ATTENTION_MASK, self._wide_mask)
@@ -350,7 +357,6 @@ class DecoderSession:
         padding = self._padding[chosen]
         self.length -= int(padding.min())
         self._padding = padding - padding.min()
-        self._width = 0
 
     def _widen(self, end: int) -> None:
         """Bind a mask with room for more tokens: in each row ones on the right, as many as it has tokens."""
@@ -361,7 +367,7 @@ class DecoderSession:
         free = self._width - (self.length - self._padding)
         self._wide_mask[:] = np.arange(self._width) >= free[:, None]
         self._columns = np.arange(self.rows) * self._width + free - 1
-        self._step_binding.bind_cpu_input(ATTENTION_MASK, self._wide_mask)
+        self._binding.bind_cpu_input(ATTENTION_MASK, self._wide_mask)
 
     def _no_room(self, count: int) -> ShapeError:
         return ShapeError(
@@ -372,16 +378,13 @@ class DecoderSession:
     def _run(self, tokens: Array, mask: Array, *, last_only: bool) -> Array:
         """Logits (rows, n, vocabulary) of new tokens (rows, n); (rows, 1, vocabulary) where `last_only` and
         the graph can."""
-        binding = self._prompt_binding
-        binding.bind_cpu_input(INPUT_IDS, tokens)
-        binding.bind_cpu_input(ATTENTION_MASK, mask)
-        count = tokens.shape[1]
-        if self._keeps_last:
-            count = 1 if last_only else count
-            binding.bind_ortvalue_input(LOGITS_TO_KEEP, _number(count))
+        self._binding.bind_cpu_input(INPUT_IDS, tokens)
+        self._binding.bind_cpu_input(ATTENTION_MASK, mask)
+        count = 1 if last_only and self._keeps_last else tokens.shape[1]
         logits = np.empty((self.rows, count, self.vocabulary), self.dtype)
-        binding.bind_output(LOGITS, "cpu", 0, self.dtype, list(logits.shape), logits.ctypes.data)
-        self.session.run_with_iobinding(binding)
+        self._bind_logits(logits)
+        self.session.run_with_iobinding(self._binding)
+        self._width = 0  # the step's arrays are no longer bound
         return logits
 
 
