@@ -1,4 +1,4 @@
-"""`python -m loracle.demo --out DIR`: two tasks on one real model, from text to a verified ONNX folder.
+"""`python -m loracle.demo --out DIR`: two tasks on one real model, from text to one verified folder.
 
 Exit code 0 where both tasks improve with p < 0.05 and both verify, else 1; 2 for wrong input.
 """
@@ -19,11 +19,10 @@ from rich.console import Console
 
 from loracle.cli.guard import one_line_errors
 from loracle.cli.progress import bar, stderr
-from loracle.export import export
 from loracle.files import write_atomic
 from loracle.reference import CheckError, FileError
 
-from .console import task_table
+from .console import deployment_table, task_table
 from .machine import describe_machine
 from .pipeline import run_task
 from .report import DemoReport, TaskReport, render
@@ -68,9 +67,7 @@ def run(out: Path) -> bool:
         model = model_folder()
     with _stage("the tasks' text"):
         files = build_tasks(out / "data")
-    with _stage("the base model as ONNX") as advance:
-        export(model, out / "base", progress=advance)
-    tasks = tuple(run_task(task, files[task.name], model, out / "base", out, _stage) for task in TASKS)
+    tasks = tuple(run_task(task, files[task.name], model, out, _stage) for task in TASKS)
     report = DemoReport(
         model=model.name,
         seconds=time.perf_counter() - start,
@@ -82,6 +79,7 @@ def run(out: Path) -> bool:
     console = Console()
     for task in tasks:
         console.print(task_table(task))
+    console.print(deployment_table(report))
     console.print(f"{report.seconds / 60:.1f} minutes; the page: {out / 'report.html'}")
     return all(succeeded(task) for task in tasks)
 

@@ -1,4 +1,4 @@
-"""Answers to held-out prompts from an exported folder, with onnxruntime alone."""
+"""Answers to held-out prompts from a deployment, with onnxruntime alone."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from loracle.export import DecoderSession, TextModel, greedy, open_session
+from loracle.export import Deployment, greedy
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,19 @@ def read_heldout(path: Path) -> HeldOut:
 
 
 def answer(
-    folder: Path, heldout: HeldOut, max_new_tokens: int, progress: Callable[[int, int], None] | None = None
+    deployment: Deployment,
+    name: str | None,
+    heldout: HeldOut,
+    max_new_tokens: int,
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[str, ...]:
-    """The greedy answer of `folder`'s model to each prompt, cut at `max_new_tokens` tokens, on one line."""
-    text, session = TextModel(folder), open_session(folder)
+    """The greedy answer of a task, or of the base for None, to each prompt: one line, of at most
+    `max_new_tokens` tokens."""
+    text = deployment.text
     answers = []
     for done, prompt in enumerate(heldout.prompts, 1):
         ids = text.encode_prompt(prompt, system=heldout.system)
-        decoder = DecoderSession(session, len(ids) + max_new_tokens)
+        decoder = deployment.decoder(name, len(ids) + max_new_tokens)
         tokens = [token for token, _ in greedy(decoder, ids, max_new_tokens, text.stop)]
         answers.append(" ".join(text.decode(tokens).split()))
         if progress is not None:

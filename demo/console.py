@@ -5,7 +5,7 @@ from rich.table import Table
 from rich.text import Text
 
 from . import figures
-from .report import TaskReport
+from .report import DemoReport, TaskReport
 
 
 def task_table(report: TaskReport) -> Table:
@@ -30,6 +30,29 @@ def task_table(report: TaskReport) -> Table:
     for check in report.checks:
         verdict = Text("passed", "green") if check.passed else Text("FAILED", "bold red")
         table.add_row(Text(check.name), Text(""), verdict, Text("; ".join([check.figure, *check.failures])))
+    return table
+
+
+def deployment_table(report: DemoReport) -> Table:
+    """Return one table: what the base and each task cost in the one folder that holds them all."""
+    table = Table(
+        title=Text("the deployment: one base, merged tensors beside it"),
+        title_justify="left",
+        header_style="dim",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for heading in ("", "on disk", "of the base", "a switch to it"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    base = report.tasks[0].model_bytes
+    table.add_row(Text("base model"), Text(figures.size(base)), Text(""), Text(""))
+    for task in report.tasks:
+        table.add_row(
+            Text(task.task.name),
+            Text(f"+ {figures.size(task.task_bytes)}"),
+            Text(figures.share(task.task_bytes, base)),
+            Text(figures.milliseconds(task.switch_seconds)),
+        )
     return table
 
 

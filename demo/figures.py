@@ -47,3 +47,8 @@ def duration(seconds: float) -> str:
     """Return whole seconds as ``48 s`` or ``2 min 05 s``."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def milliseconds(seconds: float) -> str:
+    """Return milliseconds with two significant digits: ``0.52 ms``."""
+    return f"{1000 * seconds:.2g} ms"

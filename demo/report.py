@@ -48,6 +48,8 @@ class TaskReport:
         training_seconds: wall time of the fine-tune.
         trainable_parameters, total_parameters: of the model with its adapter.
         adapter_bytes, model_bytes: of the weight files.
+        task_bytes: of the merged tensors beside the base: what the task costs on disk.
+        switch_seconds: from asking for the task, once in memory, to being able to run it.
         checks: what ``verify`` answered.
         speeds: decode speed by the name of the graph; the first is the base model's.
         examples: the first of the held-out file, see :func:`first_examples`.
@@ -66,6 +68,8 @@ class TaskReport:
     total_parameters: int
     adapter_bytes: int
     model_bytes: int
+    task_bytes: int
+    switch_seconds: float
     checks: tuple[Check, ...]
     speeds: Mapping[str, DecodeSpeed]
     examples: tuple[Example, ...]

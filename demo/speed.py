@@ -1,24 +1,23 @@
-"""Decode speed of exported folders, interleaved in one process."""
+"""Decode speed of models, interleaved in one process; and what a switch between tasks takes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from loracle.export import DecoderSession
+from loracle.export import DecoderSession, Deployment
 
 
 @dataclass(frozen=True)
 class DecodeSpeed:
-    """One folder's decode speed and its ratio to the first folder's.
+    """One model's decode speed and its ratio to the first model's.
 
     Attributes:
         tokens_per_second: median over the rounds.
-        ratio: median over the rounds of (this speed / the first folder's speed in the same round).
+        ratio: median over the rounds of (this speed / the first model's speed in the same round).
         low, high: 95% interval of that median (bootstrap over rounds).
     """
 
@@ -39,37 +38,45 @@ def decode_seconds(session: DecoderSession, prompt: Sequence[int], tokens: Seque
     return time.perf_counter() - start
 
 
+def switch_seconds(deployment: Deployment, name: str, capacity: int, *, repeats: int = 51) -> float:
+    """Median of the seconds from asking for a task that is in memory to being able to run it."""
+    deployment.load(name)
+    taken = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        deployment.decoder(name, capacity)
+        taken.append(time.perf_counter() - start)
+    return float(np.median(taken))
+
+
 def measure_decode(
-    folders: Mapping[str, Path],
+    models: Mapping[str, Callable[[int], DecoderSession]],
     prompt: Sequence[int],
     tokens: Sequence[int],
     *,
     rounds: int = 8,
     repeats: int = 3,
-    threads: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, DecodeSpeed]:
-    """Decode the same tokens with every folder's model, in turn.
+    """Decode the same tokens with every model, in turn.
 
     Each round opens every session anew and times each `repeats` times, in turn, keeping the median: where a
     session's memory happens to lie makes it a few percent faster or slower for as long as it lives, so two
     sessions opened once would differ even over one model. The order rotates from round to round.
 
     Args:
-        folders: name to exported folder; the first is what ratios refer to.
+        models: name to what opens a session of a capacity; the first is what ratios refer to.
         prompt: tokens before the timed ones.
         tokens: tokens decoded one a step.
         rounds: how often sessions are opened; the interval is over rounds.
         progress: called with (rounds done, rounds).
     """
-    names = list(folders)
+    names = list(models)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         turn = number % len(names)
         order = names[turn:] + names[:turn]
-        sessions = {
-            name: DecoderSession(folders[name], len(prompt) + len(tokens), threads=threads) for name in order
-        }
+        sessions = {name: models[name](len(prompt) + len(tokens)) for name in order}
         for name in order:
             decode_seconds(sessions[name], prompt, tokens[:1])
         timed: dict[str, list[float]] = {name: [] for name in names}

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from export_fixtures import make_model
+from export_fixtures import make_adapter, make_model
 
 from loracle.demo.__main__ import _fresh, main, succeeded
 from loracle.demo.answers import answer, read_heldout
 from loracle.demo.report import TaskReport
 from loracle.demo.scores import Comparison
 from loracle.demo.settings import TRANSLATE
-from loracle.export import export
+from loracle.export import Deployment, export
 from loracle.export.report import Check
 from loracle.reference import FileError
 
@@ -35,6 +35,8 @@ def task_report(before: float, after: float, p_value: float, *passed: bool) -> T
         total_parameters=2,
         adapter_bytes=1,
         model_bytes=2,
+        task_bytes=1,
+        switch_seconds=0.001,
         checks=tuple(Check("check", value, "") for value in passed),
         speeds={},
         examples=(),
@@ -82,6 +84,7 @@ def test_wrong_input_is_one_line_and_exit_code_2(
 
 def test_answers_are_one_line_each_and_no_longer_than_allowed(tmp_path: Path) -> None:
     export(make_model(tmp_path / "base"), tmp_path / "onnx")
+    deployment = Deployment(tmp_path / "onnx")
     rows = [{"system": "s", "prompt": f"p{i}", "completion": f"c{i}"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     heldout = read_heldout(tmp_path / "rows.jsonl")
@@ -91,9 +94,22 @@ def test_answers_are_one_line_each_and_no_longer_than_allowed(tmp_path: Path) ->
         ("c0", "c1", "c2"),
     )
     seen: list[tuple[int, int]] = []
-    short = answer(tmp_path / "onnx", heldout, 2, lambda done, total: seen.append((done, total)))
-    longer = answer(tmp_path / "onnx", heldout, 6)
+    short = answer(deployment, None, heldout, 2, lambda done, total: seen.append((done, total)))
+    longer = answer(deployment, None, heldout, 6)
     assert seen == [(1, 3), (2, 3), (3, 3)]
     assert all("\n" not in text for text in longer)
     assert all(len(text) <= 2 for text in short)  # a token of this tokenizer is a byte
     assert any(len(text) > 2 for text in longer)
+
+
+def test_answers_are_those_of_the_task_that_is_named(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base)
+    export(base, tmp_path / "onnx", tmp_path / "adapter", form="swappable", name="french")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"system": "s", "prompt": "p", "completion": "c"}) + "\n")
+    heldout = read_heldout(tmp_path / "rows.jsonl")
+    deployment = Deployment(tmp_path / "onnx")
+    (expected,) = deployment.generate("french", ["p"], max_new_tokens=8, system="s")
+    found = answer(deployment, "french", heldout, 8)
+    assert found == (" ".join(expected.text.split()),)
+    assert found != answer(deployment, None, heldout, 8)

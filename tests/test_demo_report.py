@@ -1,6 +1,7 @@
 """The page and the table say what was measured, escape what they are given, and need nothing from outside."""
 
 import math
+import io
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -12,7 +13,7 @@ from rich.console import Console
 
 from loracle.demo import figures
 from loracle.demo.charts import axis, loss_chart, ratio_chart, scatter_chart
-from loracle.demo.console import task_table
+from loracle.demo.console import deployment_table, task_table
 from loracle.demo.report import DemoReport, TaskReport, first_examples, render
 from loracle.demo.scores import Comparison
 from loracle.demo.settings import TRANSLATE
@@ -36,6 +37,8 @@ TASK = TaskReport(
     total_parameters=134_975_808,
     adapter_bytes=1_849_872,
     model_bytes=538_090_408,
+    task_bytes=53_088_256,
+    switch_seconds=0.000521,
     checks=(Check("graph", True, "1,021 nodes"), Check("initializers", True, "272 tensors")),
     speeds={
         "base": DecodeSpeed(52.31, 1.0, 1.0, 1.0),
@@ -89,7 +92,7 @@ def test_the_page_says_what_was_measured() -> None:
         "+35.2 [30.2, 40.3], p < 0.001",
         "460,800",
         "0.34% of 134,975,808, in 2 min 01 s",
-        "1.85 MB 0.34% of the model’s 538 MB",
+        "53.1 MB 9.87% of the base’s 538 MB; the adapter has 1.85 MB. A switch takes 0.52 ms",
         "verified 2 of 2 checks passed",
         "1,491 training and 3 held-out texts",
         "base 52.3, merged 52.4, unmerged 44.1.",
@@ -237,3 +240,18 @@ def test_charts_put_marks_where_the_numbers_are() -> None:
     ratio = ratio_chart([("merged", 0.8, 0.9, 1.0)])
     assert '<line class="line" x1="84.0" y1="34" x2="308.0" y2="34"/>' in ratio
     assert '<circle class="mark" cx="196.0" cy="34" r="4"/>' in ratio
+
+
+def test_the_terminal_says_what_each_task_costs_in_the_deployment() -> None:
+    console = Console(width=140, record=True, file=io.StringIO())
+    second = replace(
+        TASK, task=replace(TASK.task, name="summarize"), task_bytes=26_544_128, switch_seconds=0.0004
+    )
+    console.print(deployment_table(replace(REPORT, tasks=(TASK, second))))
+    rows = [" ".join(line.split()) for line in console.export_text().splitlines()]
+    for row in (
+        "base model 538 MB",
+        "translate + 53.1 MB 9.87% 0.52 ms",
+        "summarize + 26.5 MB 4.93% 0.4 ms",
+    ):
+        assert row in rows

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
-from export_fixtures import make_model
+from export_fixtures import make_adapter, make_model
 
 from loracle.demo import speed
-from loracle.export import export
+from loracle.export import Deployment, export
 
 
 def test_every_folder_is_timed_in_turn_and_the_first_is_the_measure(
@@ -27,7 +28,7 @@ def test_every_folder_is_timed_in_turn_and_the_first_is_the_measure(
     monkeypatch.setattr(speed, "decode_seconds", clock)
     rounds: list[tuple[int, int]] = []
     result = speed.measure_decode(
-        {"one": tmp_path / "one", "two": tmp_path / "two"},
+        {name: partial(speed.DecoderSession, tmp_path / name) for name in ("one", "two")},
         [1, 2],
         [3, 4, 5, 6],
         rounds=2,
@@ -50,6 +51,21 @@ def test_real_seconds_grow_with_the_tokens(tmp_path: Path) -> None:
         min(speed.decode_seconds(session, [1, 2], [5] * count) for _ in range(5)) for count in (1, 100)
     )
     assert 0 < few < many
+
+
+def test_a_switch_is_the_median_of_opening_the_task_s_decoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(tmp_path / "base")
+    make_adapter(tmp_path / "adapter", base)
+    export(base, tmp_path / "onnx", tmp_path / "adapter", form="swappable", name="french")
+    clock = iter([0.0, 1.0, 5.0, 8.0, 10.0, 12.0])
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
+    opened = []
+    deployment = Deployment(tmp_path / "onnx")
+    monkeypatch.setattr(deployment, "decoder", lambda *what: opened.append((what, deployment.loaded)))
+    assert speed.switch_seconds(deployment, "french", 16, repeats=3) == 2.0
+    assert opened == [(("french", 16), ("french",))] * 3
 
 
 def test_median_interval_encloses_the_median_and_narrows() -> None:
