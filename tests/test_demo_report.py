@@ -1,7 +1,7 @@
 """The page and the table say what was measured, escape what they are given, and need nothing from outside."""
 
-import math
 import io
+import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
