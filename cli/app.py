@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import export, finetune, merge, run, tasks, verify
+from .commands import export, finetune, merge, run, serve, tasks, verify
 
 app = typer.Typer(
     name="loracle",
@@ -21,7 +21,8 @@ app.command("merge")(merge.command)
 app.command("export")(export.command)
 app.command("verify")(verify.command)
 app.command("run")(run.command)
-app.command("tasks")(tasks.command)
+app.command("serve")(serve.command)
+app.add_typer(tasks.app, name="tasks")
 
 
 def _print_version(wanted: bool) -> None:

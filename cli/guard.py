@@ -39,9 +39,11 @@ def one_line_errors(debug: bool) -> Iterator[None]:
 
 
 def _remedy(package: str) -> str:
-    extra = (
-        "torch" if package.split(".")[0] in ("torch", "transformers", "accelerate", "matplotlib") else "onnx"
-    )
+    extras = {
+        **dict.fromkeys(("torch", "transformers", "accelerate", "matplotlib"), "torch"),
+        **dict.fromkeys(("starlette", "uvicorn", "prometheus_client"), "serve"),
+    }
+    extra = extras.get(package.split(".")[0], "onnx")
     return f"pip install 'loracle[{extra}]'"
 
 

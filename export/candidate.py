@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ class Candidate:
         models: by the names that the files of an exported model have.
         graph: the first of their files.
         options: what they say they were made with.
+        weights: a swappable task's, which a session on the graph has to be given.
     """
 
     folder: Path
     models: Mapping[str, ir.Model]
     graph: Path
     options: GraphOptions
+    weights: Mapping[str, np.ndarray[Any, Any]] = field(default_factory=dict)
 
     def initializer(self, name: str) -> ir.Value | None:
         """The initializer of a name, of the first graph that has it."""

@@ -22,7 +22,7 @@ from .loaded_task import LoadedTask, check_inputs, load_task, map_task, signatur
 from .names import GRAPH_FILE, SWAPPABLE_FILE
 from .sampling import Sampling
 from .session import REFUSALS, DecoderSession, check_capacity, context_length, open_session
-from .task_names import is_name, swappable_names, task_file
+from .task_names import bound_file, bound_names, is_name
 from .text import TextModel
 
 Array = np.ndarray[Any, Any]
@@ -32,14 +32,14 @@ _NEW_TOKENS = 128
 
 
 class Deployment:
-    """A deployment's swappable tasks, and its base, in one session.
+    """A deployment's swappable tasks, or its adapters, and its base, in one session.
 
     The base is in memory once, laid out for the processor; a task's tensors are mapped from its file, so that
     processes share them. What a task is run with is bound for each call: tasks may be run by many threads at
     a time. A call goes on with what it began with, whatever becomes of the task's file.
 
     Args:
-        folder: with a base and tasks in the form swappable.
+        folder: with a base and tasks in the form swappable, or adapter-inputs: these run unmerged.
         threads: onnxruntime's threads; 0 leaves the choice to it.
         max_bytes: of tasks in memory: those that were used least recently go first. One task is always kept;
             None keeps all. Tensors that a running call uses stay until it ends.
@@ -65,7 +65,7 @@ class Deployment:
         self._threads = threads
         self._max_bytes = max_bytes
         self._adapters = {name: Path(path) for name, path in (adapters or {}).items()}
-        taken = set(swappable_names(self.folder))
+        taken = set(bound_names(self.folder))
         for name in self._adapters:
             if not is_name(name) or name in taken:
                 raise ConfigError(
@@ -80,7 +80,7 @@ class Deployment:
     @property
     def tasks(self) -> tuple[str, ...]:
         """The names of the tasks, sorted."""
-        return tuple(sorted({*swappable_names(self.folder), *self._adapters}))
+        return tuple(sorted({*bound_names(self.folder), *self._adapters}))
 
     @property
     def loaded(self) -> tuple[str, ...]:
@@ -93,6 +93,11 @@ class Deployment:
         """Bytes of the tasks in memory."""
         with self._lock:
             return sum(task.nbytes for task in self._loaded.values())
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The names of the graph's inputs, but those of tasks."""
+        return tuple(entry.name for entry in self._session.get_inputs())
 
     @property
     def text(self) -> TextModel:
@@ -226,7 +231,7 @@ class Deployment:
         found = self._loaded.get(task)
         if found is None or task in self._adapters:
             return found
-        if signature_of(task_file(self.folder, task)) == found.signature:
+        if signature_of(bound_file(self.folder, task)) == found.signature:
             return found
         del self._loaded[task]
         return None
@@ -239,7 +244,7 @@ class Deployment:
             found = load_task(merge_task(self.folder, self._adapters[task]), self._device)
             check_inputs(str(self._adapters[task]), found, self._session)
             return found
-        path = task_file(self.folder, task)
+        path = bound_file(self.folder, task)
         signature = signature_of(path)
         if signature is None:
             there = ", ".join(self.tasks) or "none"

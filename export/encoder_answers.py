@@ -5,7 +5,7 @@ Needs onnxruntime, tokenizers and NumPy alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from loracle.files.json_file import read_json_object
 from loracle.files.sidecar import CONFIG_FILE
 from loracle.reference import ConfigError, DataError, FileError
 
+from .deployment import Deployment
 from .encoder_inputs import text_inputs
 from .names import ATTENTION_MASK, LOGITS, model_folder
 from .session import open_session
@@ -64,9 +65,9 @@ def encoder_task(model: Path) -> Task | None:
 
 
 def answer_texts(
-    model: Path, prompts: Sequence[str], *, threads: int = 0, top: int = TOP
+    model: Path, prompts: Sequence[str], *, task: str | None = None, threads: int = 0, top: int = TOP
 ) -> list[list[Scored]]:
-    """What an exported model says of each text.
+    """What an exported model says of each text; with `task` this task of a `Deployment`.
 
     Of text-classification all classes, the most likely first; with ``problem_type`` "multi_label_..." each
     has a probability of its own. Of token-classification the class of each token that is not ``O``. Of
@@ -78,40 +79,56 @@ def answer_texts(
     """
     folder = model_folder(model)
     config = read_json_object(folder / CONFIG_FILE)
-    task = task_of(config, str(folder / CONFIG_FILE))
-    if task.name in _RUNNERS:
+    head = task_of(config, str(folder / CONFIG_FILE))
+    if head.name in _RUNNERS:
         raise ConfigError(
-            f"{model}: expected a model that classifies, fills masks or generates, got {task.name}; run it "
-            f"with optimum.onnxruntime.{_RUNNERS[task.name]}"
+            f"{model}: expected a model that classifies, fills masks or generates, got {head.name}; run it "
+            f"with optimum.onnxruntime.{_RUNNERS[head.name]}"
         )
     text = TextModel(folder)
     encodings = [text.tokenizer.encode(prompt) for prompt in prompts]
     for number, encoding in enumerate(encodings, 1):
         if not encoding.ids:
             raise DataError(f"prompt {number}: expected some text, got no token")
-    mask = _mask_token(folder, text, encodings) if task.name == "fill-mask" else None
-    logits = _logits(model, encodings, config, threads)
+    mask = _mask_token(folder, text, encodings) if head.name == "fill-mask" else None
+    logits = _logits(model, task, encodings, config, threads)
     if mask is not None:
         return [_filled(row, own.ids, mask, text, top) for row, own in zip(logits, encodings, strict=True)]
     labels = _labels(config, logits[0].shape[-1], folder)
-    if task.name == "token-classification":
+    if head.name == "token-classification":
         return [_tagged(row, own, labels) for row, own in zip(logits, encodings, strict=True)]
     return [_ranked(_scores(row, config.get("problem_type")), labels) for row in logits]
 
 
 def _logits(
-    model: Path, encodings: Sequence[Encoding], config: Mapping[str, Any], threads: int
+    model: Path, task: str | None, encodings: Sequence[Encoding], config: Mapping[str, Any], threads: int
 ) -> list[Array]:
     """The logits of each text in float64, without those of padding."""
-    session = open_session(model, threads)
+    opened = _opened(model, task, threads)
     texts = Texts(tuple(tuple(e.ids) for e in encodings), tuple(tuple(e.type_ids) for e in encodings))
-    names = [entry.name for entry in session.get_inputs()]
     found = []
-    for feeds in text_inputs(texts, names, config):
-        (logits,) = session.run([LOGITS], feeds)
+    for feeds in text_inputs(texts, opened.inputs, config):
+        logits = opened.run(feeds)
         for row, mask in zip(logits.astype(np.float64), feeds[ATTENTION_MASK], strict=True):
             found.append(row if row.ndim == 1 else row[mask == 1])
     return found
+
+
+@dataclass(frozen=True)
+class _Opened:
+    """A model's inputs, and what gives its logits for them."""
+
+    inputs: Sequence[str]
+    run: Callable[[Mapping[str, Array]], Array]
+
+
+def _opened(model: Path, task: str | None, threads: int) -> _Opened:
+    if task is not None:
+        deployment = Deployment(model, threads=threads)
+        return _Opened(deployment.inputs, lambda feeds: deployment.run(task, feeds)[LOGITS])
+    session = open_session(model, threads)
+    inputs = [entry.name for entry in session.get_inputs()]
+    return _Opened(inputs, lambda feeds: session.run([LOGITS], feeds)[0])
 
 
 def _softmax(logits: Array) -> Array:

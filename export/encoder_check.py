@@ -64,7 +64,7 @@ def check_encoder(
     else:
         batches = text_inputs(texts, frozenset(entries), config)
     names = list(task.outputs)
-    answers = [session.run(names, feeds) for feeds in batches]
+    answers = [session.run(names, {**feeds, **candidate.weights}) for feeds in batches]
     del session
     model = Float64Model(model_dir, adapter, task, config, trusted=trusted)
     compared = []

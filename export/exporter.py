@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from loracle.files import (
+    Adapter,
     Checkpoint,
     MergedWeights,
     copy_sidecars,
@@ -21,28 +23,32 @@ from loracle.files.json_file import read_json_object
 from loracle.files.sidecar import CONFIG_FILE, config_bytes, resized_tokenizer
 from loracle.reference import ConfigError
 
+from .adapter_inputs import ADAPTER_INPUTS, adapter_bytes, check_form, write_adapter_inputs
 from .architecture import check_supported
 from .external import load_graph
-from .genai_config import genai_config
+from .genai_config import genai_bytes
 from .graphs import graph_template, graph_templates
+from .in_place import check_in_place, write_base
 from .linked import linked_bytes, write_linked
 from .names import GENAI_FILE, GRAPH_FILE
 from .options import GraphOptions, noted_options
+from .overhead import Overhead, adapter_overhead
 from .swappable import write_swappable
-from .task_names import check_name
+from .task_document import task_document
+from .task_names import check_name, require_new
 from .tasks import Task
-from .template import DecoderShape, GraphTemplate
+from .template import GraphTemplate
 from .underflow import CountedWeights, Underflow
 from .write import Progress, write_models
 
-FORMS = ("baked", "linked", "swappable")
+FORMS = ("baked", "linked", "swappable", ADAPTER_INPUTS)
 _WRITERS = {"linked": write_linked, "swappable": write_swappable}
 
 
 @dataclass(frozen=True)
 class ExportSummary:
-    """What `export` wrote: the folder, its model's bytes, the tensors that were merged, and in float16 the
-    small entries of weights that lost something."""
+    """What `export` wrote: the folder, its model's bytes, the tensors that were merged, in float16 the small
+    entries of weights that lost something, and what an adapter costs that was not merged."""
 
     out_dir: Path
     dtype: str
@@ -52,6 +58,7 @@ class ExportSummary:
     merged_names: tuple[str, ...]
     quantization: str | None = None
     underflow: Underflow = field(default_factory=Underflow)
+    overhead: Overhead | None = None
 
 
 def _write_descriptions(
@@ -71,16 +78,19 @@ def _write_descriptions(
     )
     if changed:
         (folder / CONFIG_FILE).write_bytes(config_bytes({**config}))
+    _repeat_chat_template(folder)
     if template.decoder is not None:
         grows = noted_options(template.model, CONFIG_FILE).portable
-        _write_genai_config(checkpoint, template.decoder, folder, grows=grows)
+        (folder / GENAI_FILE).write_bytes(genai_bytes(checkpoint, template.decoder, grows=grows))
 
 
-def _write_genai_config(checkpoint: Checkpoint, shape: DecoderShape, folder: Path, *, grows: bool) -> None:
-    path = checkpoint.dir / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
-    described = genai_config(shape, checkpoint.config, generation, grows=grows)
-    (folder / GENAI_FILE).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+def _repeat_chat_template(folder: Path) -> None:
+    """Let `tokenizer_config.json` hold the chat template too, where transformers.js reads it."""
+    template, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    if not (template.is_file() and path.is_file()):
+        return
+    config = {**read_json_object(path), "chat_template": template.read_text(encoding="utf-8")}
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _check_form(form: str, name: str | None, adapter_dir: str | Path | None, *, replace: bool) -> None:
@@ -111,6 +121,7 @@ def export(
     form: str = "baked",
     name: str | None = None,
     replace: bool = False,
+    in_place: bool = False,
     quantization: str | None = None,
     portable: bool = False,
     trust_remote_code: bool = False,
@@ -120,15 +131,19 @@ def export(
 
     Args:
         model_dir: transformers folder of the base model (safetensors).
-        out_dir: folder to make; must not exist, or be empty. It appears whole or not at all. In the form
-            "linked" or "swappable" it may be a deployment, to which the task is added.
+        out_dir: folder to make; must not exist, or be empty. It appears whole or not at all. In another
+            form than "baked" it may be a deployment, to which the task is added.
         adapter_dir: PEFT adapter folder, or None for the base model itself.
         dtype: "fp32" or "fp16", the type of weights, cache and logits.
         form: "baked", one graph with its weights; or the base model and beside it "linked", a graph `name`
             with the merged weights alone (`linked.py`), or "swappable", these weights as inputs of one graph
-            for all tasks (`swappable.py`).
+            for all tasks (`swappable.py`), or "adapter-inputs", lora_A and lora_B as inputs, which are not
+            merged (`adapter_inputs.py`).
         name: of the task, unless the form is "baked".
         replace: whether a task of this name may be there; its graph is exchanged in one step.
+        in_place: whether the base's graph refers to the checkpoint's own files, without a copy of what they
+            hold as the graph has it (`in_place.py`); `out_dir` is `model_dir` then, and keeps the base where
+            the task fails.
         quantization: None; or "int8" or "int4", for codes of the merged weights of linear layers
             (`quantized.py`).
         portable: whether all operators are of the ONNX standard, for runtimes other than onnxruntime, and
@@ -150,11 +165,27 @@ def export(
         trusted = bool(config.get("auto_map"))
         if name is not None:
             _check_task(weights, task, form, name)
+        unmerged = adapter if form == ADAPTER_INPUTS else None
+        if unmerged is not None:
+            weights = MergedWeights(checkpoint, None)
+        document = {}
+        if adapter is not None and adapter_dir is not None and name is not None:
+            document = task_document(form, adapter, adapter_dir)
         counted = CountedWeights(weights)
         merged = tuple(weights.merged_names)
         base = Path(out_dir, GRAPH_FILE)
+        written = 0
+        if in_place:
+            check_in_place(checkpoint, Path(out_dir), form)
+            if name is not None and not base.exists():
+                require_new(Path(out_dir), name, form, replace=replace)
+                template = graph_template(checkpoint, config, task, options, trusted=trusted)
+                linked_bytes(template, weights)
+                written = write_base(template, checkpoint, progress)
         if name is not None and base.exists():
-            options = dataclasses.replace(noted_options(load_graph(base), str(base)), dtype=dtype)
+            held = load_graph(base)
+            check_form(held, form, Path(out_dir))
+            options = dataclasses.replace(noted_options(held, str(base)), dtype=dtype)
             if options.quantization != quantization:
                 raise ConfigError(
                     f"quantization: expected {options.quantization}, as the deployment's base has it, "
@@ -166,10 +197,22 @@ def export(
                 )
             template = graph_template(checkpoint, config, task, options, trusted=trusted)
             nodes, tensors = _counts([template])
-            size = _WRITERS[form](template, counted, Path(out_dir), name, progress, replace=replace)
+            write = _writer(form, unmerged)
+            size = write(template, counted, Path(out_dir), name, progress, document=document, replace=replace)
+            size += written
+            overhead = None if unmerged is None else adapter_overhead(template, unmerged, base)
             return ExportSummary(
-                Path(out_dir), dtype, size, nodes, tensors, merged, quantization, counted.underflow()
+                Path(out_dir),
+                dtype,
+                size,
+                nodes,
+                tensors,
+                merged,
+                quantization,
+                counted.underflow(),
+                overhead,
             )
+        overhead = None
         with output_folder(out_dir) as folder:
             templates = graph_templates(checkpoint, config, task, options, trusted=trusted)
             nodes, tensors = _counts(templates.values())
@@ -178,16 +221,28 @@ def export(
             if name is None:
                 size = write_models(templates, counted, folder, progress, beside=beside)
             else:
-                beside += linked_bytes(templates[GRAPH_FILE], weights)
+                beside += (
+                    linked_bytes(templates[GRAPH_FILE], weights)
+                    if unmerged is None
+                    else adapter_bytes(templates[GRAPH_FILE], unmerged)
+                )
                 size = write_models(
                     templates, MergedWeights(checkpoint, None), folder, progress, beside=beside
                 )
                 template = graph_template(checkpoint, config, task, options, trusted=trusted)
-                size += _WRITERS[form](template, counted, folder, name, progress)
+                write = _writer(form, unmerged)
+                size += write(template, counted, folder, name, progress, document=document)
+                if unmerged is not None:
+                    overhead = adapter_overhead(template, unmerged, folder / GRAPH_FILE)
             _write_descriptions(checkpoint, config, first, folder, adapter_dir)
         return ExportSummary(
-            Path(out_dir), dtype, size, nodes, tensors, merged, quantization, counted.underflow()
+            Path(out_dir), dtype, size, nodes, tensors, merged, quantization, counted.underflow(), overhead
         )
+
+
+def _writer(form: str, unmerged: Adapter | None) -> Callable[..., int]:
+    """What adds a task to a deployment; `unmerged` is an adapter that is not merged."""
+    return _WRITERS[form] if unmerged is None else partial(write_adapter_inputs, adapter=unmerged)
 
 
 def _check_task(weights: MergedWeights, task: Task, form: str, name: str) -> None:

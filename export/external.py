@@ -10,24 +10,33 @@ from google.protobuf.message import DecodeError
 
 from loracle.reference import FileError
 
+from .names import SHARDS_KEY
+from .shards import check_shards
+
 
 def load_graph(path: Path) -> ir.Model:
     """Parse an ONNX file; no tensor of its data files is read.
 
-    Raises FileError: the file is missing or no ONNX model, or a tensor's data lie outside its folder or do
-    not fit their file.
+    Raises FileError: the file is missing or no ONNX model, a tensor's data lie outside its folder or do not
+    fit their file, or a checkpoint's shard that it refers to is another by now.
     """
-    if not path.is_file():
-        raise FileError(f"{path}: expected an exported model, found none")
-    try:
-        model = ir.load(path)
-    except (DecodeError, ValueError, TypeError) as error:
-        raise FileError(f"{path}: expected an ONNX model: {error}") from error
+    model = parse_graph(path)
+    check_shards(model.metadata_props.get(SHARDS_KEY), path.parent, str(path))
     for name, value in model.graph.initializers.items():
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor):
             _check_external(path.parent, name, tensor)
     return model
+
+
+def parse_graph(path: Path) -> ir.Model:
+    """Parse an ONNX file, whatever it refers to. Raises FileError: it is missing or no ONNX model."""
+    if not path.is_file():
+        raise FileError(f"{path}: expected an exported model, found none")
+    try:
+        return ir.load(path)
+    except (DecodeError, ValueError, TypeError) as error:
+        raise FileError(f"{path}: expected an ONNX model: {error}") from error
 
 
 def _check_external(folder: Path, name: str, tensor: ir.ExternalTensor) -> None:

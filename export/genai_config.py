@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
-from .names import ATTENTION_MASK, GRAPH_FILE, INPUT_IDS, LOGITS
+from loracle.files import Checkpoint
+from loracle.files.json_file import read_json_object
+
+from .names import ATTENTION_MASK, GENERATION_FILE, GRAPH_FILE, INPUT_IDS, LOGITS
 from .template import DecoderShape
 
 
@@ -67,3 +71,11 @@ def genai_config(
             "top_p": 1.0,
         },
     }
+
+
+def genai_bytes(checkpoint: Checkpoint, shape: DecoderShape, *, grows: bool) -> bytes:
+    """The content of `genai_config.json` for a checkpoint's decoder."""
+    path = checkpoint.dir / GENERATION_FILE
+    generation = read_json_object(path) if path.is_file() else {}
+    described = genai_config(shape, checkpoint.config, generation, grows=grows)
+    return (json.dumps(described, indent=2) + "\n").encode()

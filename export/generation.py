@@ -57,7 +57,7 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     *,
-    sampling: Sampling = _GREEDY,
+    sampling: Sampling | Sequence[Sampling] = _GREEDY,
     stop: frozenset[int] = frozenset(),
     finished: Callable[[int], bool] | None = None,
 ) -> Iterator[tuple[int, int]]:
@@ -67,7 +67,7 @@ def generate(
         session: with as many rows as prompts, and room for them and their answers.
         prompts: tokens of each.
         max_new_tokens: most tokens of an answer.
-        sampling: how a token is chosen.
+        sampling: how a token is chosen; or for each row its own, and its answer is the one it gets alone.
         stop: tokens that end an answer; they are yielded too.
         finished: asked about a row after each of its tokens was yielded: whether its answer ends there.
 
@@ -76,7 +76,7 @@ def generate(
 
     Raises:
         ConfigError: no token is to be generated.
-        ShapeError: the session has other rows, or too little capacity.
+        ShapeError: the session has other rows, or too little capacity; not one sampling a row.
         NonFiniteError: a row's logits are not numbers.
     """
     if max_new_tokens < 1:

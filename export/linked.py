@@ -11,31 +11,40 @@ links that lead out, onnx and onnx-ir hard links too. So each of them opens `DIR
 
 A task appears, changes and goes in one step, the rename or removal of its graph. Its data file is there
 before, named by its content (SHA-256), so that no graph ever refers to another's data, whatever is killed
-when. The base and other tasks are not written to.
+when. It stays under that name when the task is renamed, for as long as a graph refers to it. The base and
+other tasks are not written to.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
 
 from loracle.files import require_space
 from loracle.files.atomic import flush_folder, flush_tree, reported
 from loracle.files.lock import locked
 from loracle.files.partial import partial_folder, remove_abandoned
-from loracle.reference import FileError
 
 from .deployed_base import UNDER_WAY, Hashing, share, split
 from .external import load_graph
 from .matching import WeightSource
-from .names import GRAPH_FILE, GRAPH_SUFFIX
-from .task_names import check_name, is_name
+from .names import GRAPH_FILE, GRAPH_SUFFIX, SHARDS_KEY, TASK_KEY
+from .task_document import document_text
+from .task_names import check_name, require_new
 from .template import GraphTemplate
+from .verified import forget
 from .write import BoundTensors, Progress, graph_bytes, lay_out, refer, write_data
 
+LINKED = "linked"
+"""The form's name."""
 _DATA_FILE = re.compile(r".+\.([0-9a-f]{16})\.onnx_data")
+_BASE_DATA = re.compile(r"model\.[0-9a-f]{16}\.onnx_data")
 _MENTIONED = re.compile(rb"\.([0-9a-f]{16})\.onnx_data")
 
 
@@ -46,6 +55,7 @@ def write_linked(
     name: str,
     progress: Progress | None = None,
     *,
+    document: Mapping[str, Any],
     replace: bool = False,
 ) -> int:
     """Add the task `name` to a deployment; return the bytes of its graph and data file.
@@ -56,6 +66,7 @@ def write_linked(
         deployment: a folder with an exported base model in the template's dtype.
         name: letters, digits, `.`, `_` and `-`.
         progress: called with (bytes written, bytes in all), after the comparison with the base.
+        document: what the graph's metadata say of the adapter, see `task_document.py`.
         replace: whether a task of this name may be there; its graph is exchanged in one step.
 
     Raises:
@@ -64,11 +75,15 @@ def write_linked(
             no room. TargetError, ShapeError: `source` is not of the template's model.
         The deployment is as before then.
     """
-    graph = _graph_file(deployment, name)
-    _require_new(graph, replace)
+    check_name(name)
+    graph = deployment / f"{name}{GRAPH_SUFFIX}"
+    require_new(deployment, name, LINKED, replace=replace)
     tensors = BoundTensors([template], source)
     own, shared = split(template, tensors)
-    share(shared, load_graph(deployment / GRAPH_FILE), deployment, tensors)
+    base = load_graph(deployment / GRAPH_FILE)
+    share(shared, base, deployment, tensors)
+    if SHARDS_KEY in base.metadata_props:
+        template.model.metadata_props[SHARDS_KEY] = base.metadata_props[SHARDS_KEY]
     layout = lay_out(own)
     under_way = deployment / UNDER_WAY
     remove_abandoned(under_way)
@@ -78,67 +93,39 @@ def write_linked(
         with open(folder / "data", "xb") as file:
             hashing = Hashing(file)
             write_data(hashing, layout, tensors, progress)
-        data = f"{name}.{hashing.hexdigest()[:16]}.onnx_data"
+        digest = hashing.hexdigest()
+        data = f"{name}.{digest[:16]}.onnx_data"
         for value in own:
             refer(value, data, layout.offsets[str(value.name)], deployment)
+        template.model.metadata_props[TASK_KEY] = document_text(document, len(own), layout.nbytes, digest)
         content = graph_bytes(template)
         (folder / "graph").write_bytes(content)
         flush_tree(folder)
         with locked(deployment / GRAPH_FILE):
-            _require_new(graph, replace)
+            require_new(deployment, name, LINKED, replace=replace)
             try:
                 os.replace(folder / "data", deployment / data)
                 flush_folder(deployment)
                 os.replace(folder / "graph", graph)
                 flush_folder(deployment)
+                forget(deployment, name)
             finally:
-                _remove_unmentioned(deployment)
+                remove_unmentioned(deployment)
     return layout.nbytes + len(content)
 
 
-def remove_task(deployment: Path, name: str) -> None:
-    """Remove a task from a deployment: its graph in one step, then its data file.
-
-    Raises:
-        ConfigError: `name` cannot be a task's. FileError: there is no such task, or it cannot be removed.
-    """
-    graph = task_graph(deployment, name)
-    with reported(graph), locked(deployment / GRAPH_FILE):
-        graph.unlink()
-        flush_folder(deployment)
-        _remove_unmentioned(deployment)
+def own_data(graph: ir.Model) -> tuple[str, ...]:
+    """The data files that a linked task's graph refers to, but the base's; sorted."""
+    tensors = (value.const_value for value in graph.graph.initializers.values())
+    files = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return tuple(
+        sorted(name for name in files if _DATA_FILE.fullmatch(name) and not _BASE_DATA.fullmatch(name))
+    )
 
 
-def task_graph(deployment: Path, name: str) -> Path:
-    """The graph of a deployment's task.
-
-    Raises:
-        ConfigError: `name` cannot be a task's. FileError: there is no such task.
-    """
-    graph = _graph_file(deployment, name)
-    if not graph.is_file():
-        there = ", ".join(task_names(deployment)) or "none"
-        raise FileError(f"{graph}: expected one of the deployment's tasks ({there}), found none")
-    return graph
-
-
-def task_names(deployment: Path) -> tuple[str, ...]:
-    """The names of a deployment's tasks, sorted."""
-    graphs = deployment.glob(f"*{GRAPH_SUFFIX}")
-    return tuple(sorted(path.stem for path in graphs if is_name(path.stem)))
-
-
-def task_size(deployment: Path, name: str) -> int:
-    """The bytes of a task's graph and of the data that are its own.
-
-    Raises:
-        ConfigError: `name` cannot be a task's. FileError: there is no such task.
-    """
-    graph = task_graph(deployment, name)
-    content = graph.read_bytes()
-    own = {found.decode() for found in _MENTIONED.findall(content)}
-    files = [path for path in deployment.iterdir() if (m := _DATA_FILE.fullmatch(path.name)) and m[1] in own]
-    return len(content) + sum(path.stat().st_size for path in files)
+def base_data(digest: str) -> str:
+    """What the data file of a base in its checkpoint's folder is called, by the SHA-256 of its content."""
+    return f"{Path(GRAPH_FILE).stem}.{digest[:16]}.onnx_data"
 
 
 def linked_bytes(template: GraphTemplate, source: WeightSource) -> int:
@@ -150,17 +137,7 @@ def linked_bytes(template: GraphTemplate, source: WeightSource) -> int:
     return lay_out(own).nbytes
 
 
-def _graph_file(deployment: Path, name: str) -> Path:
-    check_name(name)
-    return deployment / f"{name}{GRAPH_SUFFIX}"
-
-
-def _require_new(graph: Path, replace: bool) -> None:
-    if not replace and os.path.lexists(graph):
-        raise FileError(f"{graph}: the deployment has this task; choose another name or remove it")
-
-
-def _remove_unmentioned(deployment: Path) -> None:
+def remove_unmentioned(deployment: Path) -> None:
     """Remove the data files of tasks that no graph of the deployment refers to, where that is possible."""
     with suppress(OSError):
         mentioned = {

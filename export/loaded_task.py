@@ -6,7 +6,7 @@ Needs onnxruntime and NumPy alone.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,9 @@ import onnxruntime
 
 from loracle.files.safetensors_file import SafetensorsFile
 from loracle.reference import FileError
+
+from .adapter_file import AdapterFile
+from .names import ADAPTER_SUFFIX
 
 Array = np.ndarray[Any, Any]
 Signature = tuple[int, ...]
@@ -48,8 +51,10 @@ def signature_of(path: Path) -> Signature | None:
 def map_task(path: Path, signature: Signature, device: str) -> LoadedTask:
     """Map a task's file; on a CPU no byte is copied.
 
-    Raises FileError: it is missing or no safetensors file.
+    Raises FileError: it is missing, or neither a safetensors nor an adapter file.
     """
+    if path.suffix == ADAPTER_SUFFIX:
+        return load_task(AdapterFile(path).tensors, device, signature)
     file = SafetensorsFile(path)
     return load_task({name: file.tensor(name) for name in file.entries}, device, signature)
 
@@ -63,8 +68,12 @@ def load_task(tensors: Mapping[str, Array], device: str, signature: Signature = 
 
 
 def check_inputs(source: str, task: LoadedTask, session: onnxruntime.InferenceSession) -> None:
-    """Raise FileError unless a session takes every tensor of a task as it is."""
+    """Raise FileError unless a session takes every tensor of a task as it is.
+
+    A dimension that the graph leaves open, a rank, must be one number wherever it has the same name.
+    """
     inputs = {entry.name: entry for entry in session.get_overridable_initializers()}
+    free: dict[str, int] = {}
     for name, value in task.weights.items():
         if name not in inputs:
             raise FileError(
@@ -73,8 +82,19 @@ def check_inputs(source: str, task: LoadedTask, session: onnxruntime.InferenceSe
             )
         entry = inputs[name]
         got = (value.data_type(), tuple(value.shape()))
-        if got != (entry.type, tuple(entry.shape)):
+        if got[0] != entry.type or not _fits(entry.shape, got[1], free):
             raise FileError(
                 f"{source}: {name}: expected shape {tuple(entry.shape)} in {entry.type}, got {got[1]} in "
                 f"{got[0]}; is the task another model's?"
             )
+    for name, entry in inputs.items():
+        if name not in task.weights and not free.keys().isdisjoint(entry.shape):
+            raise FileError(f"{source}: expected {name} beside the other matrix of its layer, found none")
+
+
+def _fits(declared: Sequence[int | str], shape: Sequence[int], free: dict[str, int]) -> bool:
+    """Whether a shape is the declared one; `free` has the numbers of open dimensions, and gets new ones."""
+    return len(declared) == len(shape) and all(
+        size == (free.setdefault(known, size) if isinstance(known, str) else known)
+        for known, size in zip(declared, shape, strict=True)
+    )

@@ -14,6 +14,7 @@ from loracle.files import Adapter
 from .candidate import Candidate
 from .generation import greedy
 from .growing_session import open_decoder
+from .loaded_task import load_task
 from .quality import Quality, measure_quality
 from .report import Check
 from .session import DecoderSession, open_session
@@ -109,11 +110,14 @@ def check_outputs(
     from .truth import Float64Model
 
     session = open_session(candidate.graph)
+    weights = load_task(candidate.weights, "cpu").weights
     runs = [
-        generate_with_logits(open_decoder(session, len(prompt) + new_tokens), prompt, new_tokens)
+        generate_with_logits(
+            open_decoder(session, len(prompt) + new_tokens, weights=weights), prompt, new_tokens
+        )
         for prompt in prompts
     ]
-    del session
+    del session, weights
     truths = Float64Model(model_dir, adapter, config=config, trusted=trusted).evaluate(
         [run.ids[:-1] for run in runs], candidate.options.numpy_dtype
     )

@@ -26,6 +26,7 @@ class VerifyReport:
     Attributes:
         error: the largest of an output, where it is held to `tolerance`.
         quality: what was measured instead, where the candidate is quantised.
+        sha256: of the data of the task, where the candidate is one, see `TaskDocument.sha256`.
     """
 
     candidate: str
@@ -35,6 +36,7 @@ class VerifyReport:
     error: float | None = None
     tolerance: float | None = None
     quality: Quality | None = None
+    sha256: str | None = None
 
     @property
     def passed(self) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from loracle.reference import ConfigError, NonFiniteError
+from loracle.reference import ConfigError, NonFiniteError, ShapeError
 
 Array = np.ndarray[Any, Any]
 
@@ -156,25 +156,38 @@ def _refuse(peak: float) -> NoReturn:
 class Sampler:
     """Chooses the next token of each row of a batch.
 
-    A row has its own stream of random numbers, which the seed, its prompt and the number of earlier rows with
-    that prompt decide: what is drawn for it does not depend on the other rows, and equal prompts get
-    different answers. A token takes one number.
+    A row has its own stream of random numbers, and a token takes one number: what is drawn for it does not
+    depend on the other rows. The seed and the prompt decide the stream. Rows of one sampling with equal
+    prompts get different answers: there the number of earlier rows with that prompt counts as well. A row
+    with a sampling of its own is answered as it would be alone.
 
     Args:
-        sampling: how.
+        sampling: how; or for each row its own.
         prompts: the tokens of each row's prompt.
+
+    Raises ShapeError where there are several samplings, and not one for each prompt.
     """
 
-    def __init__(self, sampling: Sampling, prompts: Sequence[Sequence[int]]) -> None:
-        self._sampling = sampling
-        self._streams: list[np.random.Generator] = []
-        if not sampling.greedy:
-            seen: dict[tuple[int, ...], int] = {}
-            for prompt in map(tuple, prompts):
-                earlier = seen.get(prompt, 0)
+    def __init__(self, sampling: Sampling | Sequence[Sampling], prompts: Sequence[Sequence[int]]) -> None:
+        shared = isinstance(sampling, Sampling)
+        rows = len(prompts)
+        self._samplings = [sampling] * rows if isinstance(sampling, Sampling) else list(sampling)
+        if len(self._samplings) != rows:
+            raise ShapeError(
+                f"sampling: expected {rows}, one a row, got {len(self._samplings)}; give one for all"
+            )
+        self._greedy = all(own.greedy for own in self._samplings)
+        self._streams: list[np.random.Generator | None] = []
+        seen: dict[tuple[int, ...], int] = {}
+        for own, prompt in zip(self._samplings, map(tuple, prompts), strict=True):
+            earlier = seen.get(prompt, 0)
+            if shared:
                 seen[prompt] = earlier + 1
-                sequence = np.random.SeedSequence((sampling.seed, *prompt), spawn_key=(earlier,))
-                self._streams.append(np.random.default_rng(sequence))
+            stream = None
+            if not own.greedy:
+                sequence = np.random.SeedSequence((own.seed, *prompt), spawn_key=(earlier,))
+                stream = np.random.default_rng(sequence)
+            self._streams.append(stream)
 
     def choose(self, logits: Array, rows: Sequence[int]) -> list[int]:
         """The next token of each row. Greedy: ties go to the smaller id.
@@ -186,17 +199,25 @@ class Sampler:
         Raises:
             NonFiniteError: see `distribution`.
         """
-        if not self._streams:
-            if logits.dtype != _FLOAT32.dtype:
-                logits = logits.astype(np.float32)  # NumPy is slow in float16
-            tokens: list[int] = logits.argmax(1).tolist()  # a NaN's place where there is one
-            for place, token in enumerate(tokens):
-                if not math.isfinite(peak := logits.item(place, token)):
-                    _refuse(peak)
-            return tokens
-        return [self._draw(own, self._streams[row]) for own, row in zip(logits, rows, strict=True)]
+        if self._greedy:
+            return _most_likely(logits)
+        return [self._next(own, row) for own, row in zip(logits, rows, strict=True)]
 
-    def _draw(self, logits: Array, stream: np.random.Generator) -> int:
-        ids, p = _distribution(logits, self._sampling)
+    def _next(self, logits: Array, row: int) -> int:
+        stream = self._streams[row]
+        if stream is None:
+            return _most_likely(logits[None])[0]
+        ids, p = _distribution(logits, self._samplings[row])
         place = draw(p, stream.random())
         return place if ids is None else int(ids[place])
+
+
+def _most_likely(logits: Array) -> list[int]:
+    """The most likely token of each row; of equals the smallest."""
+    if logits.dtype != _FLOAT32.dtype:
+        logits = logits.astype(np.float32)  # NumPy is slow in float16
+    tokens: list[int] = logits.argmax(1).tolist()  # a NaN's place where there is one
+    for place, token in enumerate(tokens):
+        if not math.isfinite(peak := logits.item(place, token)):
+            _refuse(peak)
+    return tokens

@@ -26,11 +26,13 @@ from .names import (
     LOGITS,
     LOGITS_TO_KEEP,
     OPTIONS_KEY,
+    SHARDS_KEY,
     model_folder,
     past_names,
     present_names,
 )
 from .prompts import padded, require_one_a_row, require_rows
+from .shards import check_shards
 
 Array = np.ndarray[Any, Any]
 
@@ -57,7 +59,8 @@ def open_session(model: str | Path, threads: int = 0) -> onnxruntime.InferenceSe
         model: an exported folder, or one of its graphs.
         threads: onnxruntime's threads; 0 leaves the choice to it.
 
-    Raises FileError where there is no graph or onnxruntime refuses it.
+    Raises FileError where there is no graph, onnxruntime refuses it, or a checkpoint's shard that it refers
+    to is another by now.
     """
     path = Path(model)
     if path.suffix != GRAPH_SUFFIX:
@@ -89,11 +92,14 @@ def _open(
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     available = onnxruntime.get_available_providers()
     try:
-        return onnxruntime.InferenceSession(
+        session = onnxruntime.InferenceSession(
             source, options, providers=[provider for provider in wanted if provider in available]
         )
     except REFUSALS as error:
         raise FileError(f"{path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from error
+    noted = session.get_modelmeta().custom_metadata_map.get(SHARDS_KEY)
+    check_shards(noted, model_folder(path), str(path))
+    return session
 
 
 def context_length(folder: str | Path) -> int | None:

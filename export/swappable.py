@@ -17,7 +17,6 @@ difference but in speed: onnxruntime lays out constants ahead of time, and not i
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -29,17 +28,21 @@ from loracle.files import require_space
 from loracle.files.atomic import flush_folder, reported, write_atomic
 from loracle.files.lock import locked
 from loracle.files.partial import partial_file, remove_abandoned
+from loracle.files.safetensors_file import SafetensorsFile
 from loracle.files.safetensors_writer import safetensors_header
-from loracle.reference import FileError
 
 from .deployed_base import UNDER_WAY, Hashing, base_tensor, entry_of, share, split
 from .external import load_graph
 from .matching import WeightSource
 from .names import GRAPH_FILE, SWAPPABLE_FILE, TASK_KEY
-from .task_names import task_file
+from .task_document import document_text
+from .task_names import require_new, swappable_names, task_file
 from .template import GraphTemplate
+from .verified import forget
 from .write import ALIGNMENT, BoundTensors, Progress, lay_out, write_data
 
+SWAPPABLE = "swappable"
+"""The form's name."""
 _NO_DIGEST = "0" * 64
 
 
@@ -50,8 +53,8 @@ def write_swappable(
     name: str,
     progress: Progress | None = None,
     *,
+    document: Mapping[str, Any],
     replace: bool = False,
-    document: Mapping[str, Any] | None = None,
 ) -> int:
     """Add the task `name` to a deployment; return the bytes of its file.
 
@@ -61,9 +64,8 @@ def write_swappable(
         deployment: a folder with an exported base model in the template's dtype.
         name: letters, digits, `.`, `_` and `-`.
         progress: called with (bytes written, bytes in all), after the comparison with the base.
+        document: what the file's header says of the adapter, see `task_document.py`.
         replace: whether a task of this name may be there; its file is exchanged in one step.
-        document: what the file's header says of the task, beside the number of its tensors, their bytes and
-            SHA-256.
 
     Raises:
         ConfigError: `name` cannot be a task's.
@@ -72,7 +74,7 @@ def write_swappable(
         The deployment's tasks are as before then.
     """
     path = task_file(deployment, name)
-    _require_new(path, replace)
+    require_new(deployment, name, SWAPPABLE, replace=replace)
     tensors = BoundTensors([template], source)
     own, shared = split(template, tensors)
     base = load_graph(deployment / GRAPH_FILE)
@@ -80,15 +82,13 @@ def write_swappable(
         base_tensor(value, base, deployment)
     share(shared, base, deployment, tensors)
     layout = lay_out(own, alignment=1)
-    described = {**(document or {}), "tensors": len(own), "bytes": layout.nbytes}
-
     entries = [entry_of(value) for value in own]
 
     def header(digest: str) -> bytes:
         # The first tensor starts at a page.
         return safetensors_header(
             entries,
-            {TASK_KEY: json.dumps({**described, "sha256": digest})},
+            {TASK_KEY: document_text(document, len(own), layout.nbytes, digest)},
             alignment=ALIGNMENT,
         )
 
@@ -104,10 +104,11 @@ def write_swappable(
         file.flush()
         os.fsync(file.fileno())
         with locked(deployment / GRAPH_FILE):
-            _require_new(path, replace)
+            require_new(deployment, name, SWAPPABLE, replace=replace)
             _make_inputs(deployment, list(layout.offsets))
             os.replace(temporary, path)
             flush_folder(deployment)
+            forget(deployment, name)
     return size
 
 
@@ -125,6 +126,26 @@ def swapped_names(graph: ir.Graph) -> tuple[str, ...]:
     return tuple(str(value.name) for value in graph.inputs if str(value.name) in graph.initializers)
 
 
+def drop_inputs(deployment: Path) -> None:
+    """Let `swappable.onnx` have no inputs that no task has tensors for; without tasks, remove it.
+
+    Raises FileError where a task's file cannot be read; OSError where the folder cannot be written.
+    """
+    path = deployment / SWAPPABLE_FILE
+    needed = {
+        tensor
+        for name in swappable_names(deployment)
+        for tensor in SafetensorsFile(task_file(deployment, name)).entries
+    }
+    if not needed:
+        path.unlink(missing_ok=True)
+        return
+    base = load_graph(deployment / GRAPH_FILE)
+    own = {str(value.name) for value in base.graph.inputs}
+    if set(swapped_names(load_graph(path).graph)) - own - needed:
+        write_atomic(path, bytes(ir.to_proto(with_inputs(base, needed)).SerializeToString()))
+
+
 def _make_inputs(deployment: Path, names: Collection[str]) -> None:
     """Let `swappable.onnx` have these initializers among its inputs, and those that it has."""
     path = deployment / SWAPPABLE_FILE
@@ -133,8 +154,3 @@ def _make_inputs(deployment: Path, names: Collection[str]) -> None:
         return
     graph = with_inputs(load_graph(deployment / GRAPH_FILE), {*held, *names})
     write_atomic(path, bytes(ir.to_proto(graph).SerializeToString()))
-
-
-def _require_new(path: Path, replace: bool) -> None:
-    if not replace and os.path.lexists(path):
-        raise FileError(f"{path}: the deployment has this task; choose another name or remove it")

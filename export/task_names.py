@@ -1,16 +1,24 @@
-"""How tasks are called, and where a swappable one lies."""
+"""How tasks are called, and which a deployment has: a task is there where the file of its name is."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
-from loracle.reference import ConfigError
+from loracle.reference import ConfigError, FileError
 
-from .names import GRAPH_FILE, GRAPH_SUFFIX, SWAPPABLE_FILE, TASK_SUFFIX
+from .names import ADAPTER_SUFFIX, GRAPH_FILE, GRAPH_SUFFIX, SWAPPABLE_FILE, TASK_SUFFIX
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _TAKEN = (GRAPH_FILE, SWAPPABLE_FILE)
+SUFFIXES: Mapping[str, str] = {
+    "linked": GRAPH_SUFFIX,
+    "swappable": TASK_SUFFIX,
+    "adapter-inputs": ADAPTER_SUFFIX,
+}
+"""The forms of tasks, and how the file ends, after the task's name, that makes a task of a form be there."""
 
 
 def check_name(name: str) -> None:
@@ -37,3 +45,66 @@ def swappable_names(deployment: Path) -> tuple[str, ...]:
     """The names of a deployment's swappable tasks, sorted."""
     found = (path.name.removesuffix(TASK_SUFFIX) for path in deployment.glob(f"*{TASK_SUFFIX}"))
     return tuple(sorted(filter(is_name, found)))
+
+
+def adapter_file(deployment: Path, name: str) -> Path:
+    """Where a deployment's task has its adapter. Raises ConfigError: `name` cannot be a task's."""
+    check_name(name)
+    return deployment / f"{name}{ADAPTER_SUFFIX}"
+
+
+def adapter_names(deployment: Path) -> tuple[str, ...]:
+    """The names of a deployment's tasks in the form adapter-inputs, sorted."""
+    found = (path.name.removesuffix(ADAPTER_SUFFIX) for path in deployment.glob(f"*{ADAPTER_SUFFIX}"))
+    return tuple(sorted(filter(is_name, found)))
+
+
+def bound_file(deployment: Path, name: str) -> Path:
+    """Where a task has what a session is given for it: its adapter where there is one, or its tensors.
+
+    Raises ConfigError: `name` cannot be a task's.
+    """
+    adapter = adapter_file(deployment, name)
+    return adapter if adapter.is_file() else task_file(deployment, name)
+
+
+def bound_names(deployment: Path) -> tuple[str, ...]:
+    """The names of the tasks that a session is given, in either form, sorted."""
+    return tuple(sorted({*swappable_names(deployment), *adapter_names(deployment)}))
+
+
+def find_tasks(deployment: Path) -> tuple[tuple[str, str], ...]:
+    """Name and form of each of a deployment's tasks, sorted."""
+    found = (
+        (path.name.removesuffix(suffix), form)
+        for form, suffix in SUFFIXES.items()
+        for path in deployment.glob(f"*{suffix}")
+    )
+    return tuple(sorted((name, form) for name, form in found if is_name(name)))
+
+
+def find_task(deployment: Path, name: str) -> tuple[str, Path]:
+    """Form and file of a deployment's task.
+
+    Raises:
+        ConfigError: `name` cannot be a task's. FileError: there is no such task, or there are two.
+    """
+    check_name(name)
+    forms = [form for form, suffix in SUFFIXES.items() if (deployment / f"{name}{suffix}").is_file()]
+    if not forms:
+        there = ", ".join(name for name, _ in find_tasks(deployment)) or "none"
+        raise FileError(f"{deployment}: expected one of its tasks ({there}), got {name}")
+    if len(forms) > 1:
+        raise FileError(
+            f"{deployment}: {name}: expected one task of this name, found it {' and '.join(forms)}; remove "
+            "one of the files"
+        )
+    return forms[0], deployment / f"{name}{SUFFIXES[forms[0]]}"
+
+
+def require_new(deployment: Path, name: str, form: str, *, replace: bool = False) -> None:
+    """Raise FileError where a deployment has a task of this name; with `replace`, where in another form."""
+    for held, suffix in SUFFIXES.items():
+        path = deployment / f"{name}{suffix}"
+        if os.path.lexists(path) and not (replace and held == form):
+            raise FileError(f"{path}: the deployment has this task; choose another name or remove it")

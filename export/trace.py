@@ -29,6 +29,8 @@ from .weightless import WeightlessModel, build_weightless
 from .wrappers import HELD, Traced, decoder, encoder
 
 OPSET = 20
+# Buffers that older checkpoints hold among the weights, by how their names end, and patterns of these names.
+_FORMER_BUFFERS = {"position_ids": r"(^|\.)position_ids$", "rotary_emb.inv_freq": r"rotary_emb\.inv_freq$"}
 _TORCH_DTYPE = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}
 
 
@@ -123,17 +125,26 @@ def _graph(traced: Traced, weightless: WeightlessModel, dtype: np.dtype[Any]) ->
     if traced.past is not None:
         let_length_be_told(graph_model, traced.past)
     name_values(graph_model, frozenset(aliases))
-    ignored = tuple(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     return GraphTemplate(
         graph_model,
         aliases,
         dtype,
         unused,
-        ignored,
+        _ignored_names(model),
         weightless.renames,
         model.base_model_prefix,
         traced.shape,
     )
+
+
+def _ignored_names(model: Any) -> tuple[str, ...]:
+    """Patterns of the names that transformers passes over when it loads a checkpoint of this model."""
+    own = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    buffers = [name for name, _ in model.named_buffers()]
+    former = [
+        pattern for end, pattern in _FORMER_BUFFERS.items() if any(name.endswith(end) for name in buffers)
+    ]
+    return (*own, *former)
 
 
 def _name_weights(

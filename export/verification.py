@@ -14,6 +14,7 @@ from loracle.reference import FileError
 
 from .architecture import check_supported
 from .candidate import Candidate, is_exported, open_candidate
+from .deployed_base import split
 from .graph_diff import first_difference
 from .graphs import graph_files, graph_templates
 from .matching import WeightSource
@@ -21,11 +22,13 @@ from .names import GRAPH_FILE
 from .outputs import check_outputs
 from .quality import Quality
 from .report import Check, VerifyReport
+from .task_verification import OpenedTask, check_document, constants_again, open_task, task_in_path
 from .template import GraphTemplate
 from .weight_check import TensorDifference, compare_computed, compare_tensors
 from .write import BoundTensors, Progress
 
 _NAMED = 8
+_INPUTS_NAMED = 2
 
 
 def verify(
@@ -33,6 +36,7 @@ def verify(
     model_dir: str | Path,
     adapter_dir: str | Path | None = None,
     *,
+    name: str | None = None,
     prompts: Sequence[str] | None = None,
     new_tokens: int = 16,
     trust_remote_code: bool = False,
@@ -50,8 +54,13 @@ def verify(
     may be: the outputs must be finite numbers, and their distance from the truth is measured
     (`VerifyReport.quality`).
 
+    Of a deployment's task with an adapter also: (e) its document names the bytes that it holds and the
+    adapter. A swappable task is its file's tensors in the place of the base's, which must be those that the
+    adapter changes and no others, in the graph that has them among its inputs.
+
     Args:
-        candidate_dir: a folder, or the graph of one task of a deployment.
+        candidate_dir: a folder, or the file of one task of a deployment.
+        name: of a task in the folder; None for its base, or where `candidate_dir` is a task's file.
         prompts: what outputs are compared on; None for our own, or without a tokenizer seeded tokens.
         new_tokens: how many tokens a model with a cache writes after each.
         trust_remote_code: whether modelling code of the model's own may run, from `model_dir` alone.
@@ -60,23 +69,30 @@ def verify(
     Raises:
         LoracleError: an input is missing or malformed. A failed check is in the report, not an error.
     """
-    candidate_dir = Path(candidate_dir)
+    folder, name = task_in_path(Path(candidate_dir), name)
+    opened = None if name is None else open_task(folder, name)
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
         weights = MergedWeights(checkpoint, adapter)
         error: float | None = None
         tolerance: float | None = None
         quality: Quality | None = None
-        if is_exported(candidate_dir):
+        sha256: str | None = None
+        if opened is not None or is_exported(folder):
             config = weights.config
             task = check_supported(config, str(Path(model_dir) / CONFIG_FILE), trusted=trust_remote_code)
             trusted = bool(config.get("auto_map"))
-            candidate = open_candidate(candidate_dir, graph_files(task))
+            candidate = _candidate(folder, opened, graph_files(task))
             templates = graph_templates(checkpoint, config, task, candidate.options, trusted=trusted)
             checks = [
                 _check_graphs(candidate, templates),
-                _check_initializers(candidate, templates, weights, progress),
+                _check_initializers(
+                    candidate, templates, weights, progress, None if opened is None else opened.brought
+                ),
             ]
+            if opened is not None and adapter is not None and adapter_dir is not None:
+                checks.append(check_document(opened.task, adapter, adapter_dir))
+                sha256 = None if opened.task.document is None else opened.task.document.sha256
             outputs = check_outputs(
                 task,
                 candidate,
@@ -89,31 +105,47 @@ def verify(
             )
             checks += outputs.checks
             error, tolerance, quality = outputs.error, outputs.tolerance, outputs.quality
-        elif any(candidate_dir.glob("*.safetensors")):
-            checks = _check_checkpoint(candidate_dir, weights, progress)
+        elif any(folder.glob("*.safetensors")):
+            checks = _check_checkpoint(folder, weights, progress)
         else:
-            raise FileError(
-                f"{candidate_dir}: expected {GRAPH_FILE} or a checkpoint in safetensors, found neither"
-            )
+            raise FileError(f"{folder}: expected {GRAPH_FILE} or a checkpoint in safetensors, found neither")
     return VerifyReport(
-        str(candidate_dir),
+        str(candidate_dir if opened is None else opened.task.files[0]),
         str(model_dir),
         None if adapter_dir is None else str(adapter_dir),
         tuple(checks),
         error,
         tolerance,
         quality,
+        sha256,
     )
+
+
+def _candidate(folder: Path, opened: OpenedTask | None, files: Sequence[str]) -> Candidate:
+    if opened is None:
+        return open_candidate(folder, files)
+    if tuple(files) != (GRAPH_FILE,):
+        raise FileError(
+            f"{opened.task.files[0]}: expected the folder of a model with several graphs, got one of them"
+        )
+    return opened.candidate
 
 
 def _check_graphs(candidate: Candidate, templates: Mapping[str, GraphTemplate]) -> Check:
     failures = []
+    inputs: list[str] = []
     for file, template in templates.items():
+        if candidate.weights:
+            inputs += constants_again(candidate.models[file].graph, template.unbound)
         difference = first_difference(candidate.models[file], template.model, template.unbound)
         if difference is not None:
             failures.append(difference if len(templates) == 1 else f"{file}: {difference}")
     nodes = sum(len(list(model.graph)) for model in candidate.models.values())
-    return Check("graph is the base model's, node for node", not failures, f"{nodes} nodes", tuple(failures))
+    figure = f"{nodes} nodes"
+    if inputs:
+        more = f" and {len(inputs) - _INPUTS_NAMED} more" if len(inputs) > _INPUTS_NAMED else ""
+        figure += f"; {len(inputs)} weights are inputs too: {', '.join(inputs[:_INPUTS_NAMED])}{more}"
+    return Check("graph is the base model's, node for node", not failures, figure, tuple(failures))
 
 
 def _check_initializers(
@@ -121,9 +153,15 @@ def _check_initializers(
     templates: Mapping[str, GraphTemplate],
     weights: MergedWeights,
     progress: Progress | None,
+    brought: frozenset[str] | None,
 ) -> Check:
+    """`brought`: the tensors in a swappable task's file, which must be those that the adapter changes."""
     tensors = BoundTensors(list(templates.values()), weights)
     failures: list[str] = []
+    if brought is not None:
+        own = {str(value.name) for value in split(templates[GRAPH_FILE], tensors)[0]}
+        failures += [f"{name}: expected in the task's file, found none" for name in sorted(own - brought)]
+        failures += [f"{name}: the adapter leaves it alone" for name in sorted(brought - own)]
     held: dict[str, np.ndarray[Any, Any]] = {}
     for file, template in templates.items():
         for name in sorted(template.unbound):

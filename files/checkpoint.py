@@ -125,6 +125,11 @@ class Checkpoint:
         """Let the system drop the tensor's pages from this process's memory; arrays handed out stay valid."""
         self._file(name).release(name)
 
+    def place(self, name: str) -> tuple[str, int]:
+        """Return the name of the tensor's shard, and the offset of its first byte in it."""
+        file = self._file(name)
+        return file.path.name, file.entries[name].offset
+
     def metadata(self, shard: str) -> Mapping[str, str]:
         """Return the ``__metadata__`` of one shard's header."""
         return self._files[shard].metadata

@@ -3,6 +3,7 @@
 Source: the safetensors format, 8 bytes of little-endian header length, a JSON header, the tensors' bytes.
 """
 
+import hashlib
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -38,6 +39,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 """The format's names of dtypes and NumPy's."""
 
 LENGTH_BYTES = 8
+_PROBE_BYTES = 64
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class SafetensorsFile:
         if length > min(MAX_BYTES, len(self._bytes) - LENGTH_BYTES):
             raise FileError(f"{path}: header of {length} bytes does not fit the file; download it again")
         start = LENGTH_BYTES + length
+        self._header_end = start
         header = parse_json_object(self._bytes[LENGTH_BYTES:start], f"{path} (header)")
         self.metadata: dict[str, str] = header.pop("__metadata__", None) or {}
         entries = {name: self._entry(name, header[name], start) for name in header}
@@ -107,6 +110,21 @@ class SafetensorsFile:
         whole = (entry.offset + entry.nbytes - first) // mmap.PAGESIZE * mmap.PAGESIZE
         if whole > 0 and hasattr(mmap, "MADV_DONTNEED"):
             self._bytes.madvise(mmap.MADV_DONTNEED, first, whole)
+
+    @property
+    def nbytes(self) -> int:
+        """The file's bytes."""
+        return len(self._bytes)
+
+    def fingerprint(self) -> str:
+        """Return what tells the file from another with the same tensors: the SHA-256 of the header, and of 64
+        bytes at the beginning, in the middle and at the end of each tensor. Most of the file is not read."""
+        digest = hashlib.sha256(self._bytes[: self._header_end])
+        for entry in self.entries.values():
+            last = entry.offset + max(0, entry.nbytes - _PROBE_BYTES)
+            for start in (entry.offset, (entry.offset + last) // 2, last):
+                digest.update(self._bytes[start : min(start + _PROBE_BYTES, entry.offset + entry.nbytes)])
+        return digest.hexdigest()
 
     def _entry(self, name: str, described: Any, start: int) -> TensorEntry:
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-_IMPORTED = ("loracle.export.exporter", "loracle.export.linked", "onnx", "pytest")
+_IMPORTED = ("loracle.export.task_changes", "onnx", "pytest")
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _TIMEOUT = 60.0
 
@@ -98,16 +98,21 @@ def replace_task(model: Path, adapter: Path, deployment: Path, name: str) -> Non
     from loracle.export.graphs import graph_template
     from loracle.export.linked import write_linked
     from loracle.export.options import GraphOptions
+    from loracle.export.task_document import task_document
     from loracle.files import Checkpoint, MergedWeights, read_adapter
 
     with Checkpoint(model) as checkpoint:
-        weights = MergedWeights(checkpoint, read_adapter(adapter))
+        read = read_adapter(adapter)
+        weights = MergedWeights(checkpoint, read)
         task = check_supported(checkpoint.config, str(model / "config.json"))
         template = graph_template(checkpoint, checkpoint.config, task, GraphOptions(packed=False))
-        write_linked(template, weights, deployment, name, replace=True)
+        document = task_document("linked", read, adapter)
+        write_linked(template, weights, deployment, name, document=document, replace=True)
 
 
-def add_beside_another(model: Path, adapter: Path, deployment: Path, name: str, cache: str) -> None:
+def add_beside_another(
+    model: Path, adapter: Path, deployment: Path, name: str, cache: str, form: str = "linked"
+) -> None:
     """Add a task to a deployment, and go on only when two processes are writing into it."""
     from loracle.export import export
 
@@ -117,4 +122,4 @@ def add_beside_another(model: Path, adapter: Path, deployment: Path, name: str, 
         (deployment.parent / f"{name} is writing").touch()
         wait_for(lambda: len(list(deployment.parent.glob("* is writing"))) == 2)
 
-    export(model, deployment, adapter, form="linked", name=name, progress=progress)
+    export(model, deployment, adapter, form=form, name=name, progress=progress)

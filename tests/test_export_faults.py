@@ -15,6 +15,7 @@ import onnxruntime
 import pytest
 from export_fixtures import SHAPE, make_adapter, make_model, write_tokenizer
 from killed_exports import run, wait_for
+from mounts import FILLING, MOUNTING, mounted, skip_unless_mounting
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loracle.export import export
@@ -207,26 +208,9 @@ def test_of_four_exports_at_once_one_succeeds_and_the_others_say_why(
     assert not partials(tmp_path)
 
 
-MOUNTING = ["unshare", "--map-root-user", "--mount", "--", "sh", "-c"]
-
-
 @pytest.fixture(scope="module")
 def may_mount() -> None:
-    """Skips where a process cannot have a file system of its own."""
-    try:
-        tried = subprocess.run([*MOUNTING, "mount -t tmpfs none /mnt"], capture_output=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no unshare command")
-    if tried.returncode:
-        pytest.skip(f"mounting is not permitted: {tried.stderr.decode().strip()}")
-
-
-def mounted(folder: Path, options: str, arguments: list[str], before: str = "") -> list[str]:
-    """A command on a file system of its own at `folder`; what is there afterwards is printed at the end."""
-    script = (
-        f'mount -t tmpfs -o {options} none "$0" || exit 99; {before}"$@"; code=$?; ls -A "$0"; exit $code'
-    )
-    return [*MOUNTING, script, str(folder), *arguments]
+    skip_unless_mounting()
 
 
 @pytest.mark.usefixtures("may_mount")
@@ -241,26 +225,6 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
         "free some space or choose another --out; nothing was written\n"
     )
     assert (done.returncode, done.stdout) == (2, "")
-
-
-FILLING = """
-import os, sys
-from loracle.cli import main
-from loracle.export import write
-write_array, tensors = write.write_array, []
-def filling(sink, array):
-    tensors.append(array)
-    if len(tensors) == 3:
-        with open(os.path.join(os.path.dirname(sys.argv[-1]), "filler"), "wb", 0) as filler:
-            try:
-                while True:
-                    filler.write(bytes(4096))
-            except OSError:
-                pass
-    write_array(sink, array)
-write.write_array = filling
-main()
-"""
 
 
 @pytest.mark.usefixtures("may_mount")

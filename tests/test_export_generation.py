@@ -70,6 +70,15 @@ def test_a_row_is_its_prompts_answer_alone(opened: onnxruntime.InferenceSession,
     assert (found[3] == found[0]) == sampling.greedy
 
 
+def test_rows_with_samplings_of_their_own_are_answered_as_alone(
+    opened: onnxruntime.InferenceSession,
+) -> None:
+    samplings = [DRAWN, Sampling(), replace(DRAWN, seed=3), Sampling(1.5, seed=2)]
+    found = answers(opened, PROMPTS, sampling=samplings)
+    for row, sampling in enumerate(samplings):
+        assert answers(opened, [PROMPTS[row]], sampling=sampling) == {0: found[row]}
+
+
 def test_what_is_drawn_depends_on_the_seed_alone(opened: onnxruntime.InferenceSession) -> None:
     first = answers(opened, PROMPTS, sampling=DRAWN)
     assert first == answers(opened, PROMPTS, sampling=DRAWN)

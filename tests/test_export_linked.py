@@ -19,7 +19,8 @@ from killed_exports import add_beside_another, replace_task, run
 from refusal import refused
 
 from loracle.export import export, write
-from loracle.export.linked import remove_task, task_names
+from loracle.export.task_changes import remove_task
+from loracle.export.task_names import find_tasks
 from loracle.reference import ConfigError, FileError, TargetError
 
 Content = dict[str, bytes]
@@ -33,6 +34,10 @@ def content(folder: Path) -> Content:
 def of_base(held: Content, *tasks: str) -> Content:
     """What `held` has beside the files of `tasks`."""
     return {name: data for name, data in held.items() if not name.startswith(tuple(f"{t}." for t in tasks))}
+
+
+def task_names(deployment: Path) -> tuple[str, ...]:
+    return tuple(name for name, _ in find_tasks(deployment))
 
 
 def data_files(folder: Path, task: str) -> list[str]:
@@ -201,7 +206,7 @@ def test_a_task_that_appears_while_another_is_written_is_kept(models: Path, depl
 def test_options_that_do_not_fit_the_form_are_refused(models: Path, tmp_path: Path) -> None:
     base, out = models / "tied True", tmp_path / "out"
     for options, message in (
-        ({"form": "frozen"}, "form: expected one of baked, linked, swappable, got 'frozen'"),
+        ({"form": "frozen"}, "form: expected one of baked, linked, swappable, adapter-inputs, got 'frozen'"),
         ({"name": "a"}, "name: expected none in the form baked, got 'a'; choose another --form"),
         ({"form": "linked"}, "name: expected the task's name in the form linked, got none"),
         (
@@ -290,8 +295,7 @@ def test_a_task_without_room_is_refused(
 
 
 def test_an_unknown_task_is_not_removed(deployment: Path) -> None:
-    path = deployment / "german.onnx"
-    message = f"{path}: expected one of the deployment's tasks (french), found none"
+    message = f"{deployment}: expected one of its tasks (french), got german"
     refused(lambda: remove_task(deployment, "german"), FileError, message)
 
 

@@ -16,7 +16,7 @@ from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWa
 
 from loracle.export import Sampling
 from loracle.export.sampling import Sampler, distribution, draw
-from loracle.reference import ConfigError, NonFiniteError
+from loracle.reference import ConfigError, NonFiniteError, ShapeError
 
 U = 2.0**-24
 DRAWN = Sampling(temperature=1.0)
@@ -221,6 +221,42 @@ def test_a_row_that_goes_on_alone_keeps_its_stream() -> None:
     tokens = [sampler.choose(logits, [0, 1])[1] for _ in range(3)]
     tokens += [sampler.choose(logits[:1], [1])[0] for _ in range(3)]
     assert tokens == drawn(DRAWN, [[2]], 0, 6)
+
+
+def test_a_row_with_a_sampling_of_its_own_is_answered_as_alone() -> None:
+    """Greedy rows and drawn ones, with equal prompts, in any order, and after others have ended."""
+    rng = np.random.default_rng(0)
+    logits = rng.standard_normal((8, 5, 300)).astype(np.float32)
+    samplings = [DRAWN, Sampling(), replace(DRAWN, seed=4), DRAWN, Sampling(0.5, 20, 0.9, 4)]
+    prompts = [[1, 2], [1, 2], [1, 2], [1, 2], [7]]
+    together = Sampler(samplings, prompts)
+    found = [together.choose(step, range(5)) for step in logits[:4]]
+    found += [[*together.choose(step[[4, 1, 2]], [4, 1, 2])] for step in logits[4:]]
+    for row, (sampling, prompt) in enumerate(zip(samplings, prompts, strict=True)):
+        sampler = Sampler(sampling, [prompt])
+        alone = [sampler.choose(step[[row]], [0])[0] for step in logits]
+        assert [tokens[row] for tokens in found[:4]] == alone[:4]
+        if row in (4, 1, 2):
+            assert [tokens[[4, 1, 2].index(row)] for tokens in found[4:]] == alone[4:]
+    assert [tokens[1] for tokens in found[:4]] == [int(step[1].argmax()) for step in logits[:4]]
+
+
+def test_each_row_or_all_have_a_sampling() -> None:
+    refused(
+        lambda: Sampler([DRAWN], [[1], [2]]),
+        ShapeError,
+        "sampling: expected 2, one a row, got 1; give one for all",
+    )
+
+
+@pytest.mark.parametrize("greedy_row", [0, 1])
+def test_logits_of_a_greedy_row_beside_a_drawn_one_are_checked(greedy_row: int) -> None:
+    samplings = [DRAWN, DRAWN]
+    samplings[greedy_row] = Sampling()
+    logits = np.zeros((2, 40), np.float32)
+    logits[greedy_row, 3] = np.nan
+    with pytest.raises(NonFiniteError, match="got nan"):
+        Sampler(samplings, [[1], [2]]).choose(logits, [0, 1])
 
 
 @pytest.mark.parametrize(

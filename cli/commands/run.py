@@ -24,13 +24,13 @@ _NEW_TOKENS = 128
 
 def command(
     model: Annotated[
-        Path, typer.Argument(help="Folder that `loracle export` wrote, or the graph of one of its tasks.")
+        Path, typer.Argument(help="Folder that `loracle export` wrote, or the graph of a linked task.")
     ],
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="What to answer; several are answered as one batch.")
     ],
     name: Annotated[
-        str | None, typer.Option("--name", help="The linked task in the folder; left out, the base model.")
+        str | None, typer.Option("--name", help="The task in the folder; left out, the base model.")
     ] = None,
     system: Annotated[str | None, typer.Option("--system", help="System message of the chat.")] = None,
     max_new_tokens: Annotated[
@@ -74,7 +74,6 @@ def command(
     with one_line_errors(debug):
         from loracle.export import Sampling, TextModel, generate
         from loracle.export.encoder_answers import encoder_task
-        from loracle.export.linked import task_graph
 
         from .run_encoder import print_answers
 
@@ -85,15 +84,14 @@ def command(
             raise ConfigError(
                 "--top-k, --top-p: expected a --temperature above 0 beside them, got greedy decoding"
             )
-        if name is not None:
-            model = task_graph(model, name)
+        model, task = _located(model, name)
         if encoder_task(model) is not None:
-            print_answers(model, prompt, threads=threads, as_json=as_json)
+            print_answers(model, prompt, task=task, threads=threads, as_json=as_json)
             return
         text = TextModel(model)
         stop_tokens, stop_strings = text.stop_rules(stop or ())
         prompts = [text.encode_prompt(one, system=system, raw=raw) for one in prompt]
-        session, new_tokens = _opened(model, prompts, max_new_tokens, threads)
+        session, new_tokens = _opened(model, task, prompts, max_new_tokens, threads)
         answers = [text.answer(stop_strings) for _ in prompts]
         printer = _Printer(answers, quiet=as_json)
         started = time.perf_counter()
@@ -142,16 +140,28 @@ def command(
             typer.echo(f"{later + len(answers)} tokens, {rate:.1f} tokens/s", err=True)
 
 
+def _located(model: Path, name: str | None) -> tuple[Path, str | None]:
+    """The graph of a linked task; or the folder, and the name of a task that is given to its graph."""
+    from loracle.export.task_names import find_task
+
+    if name is None:
+        return model, None
+    form, path = find_task(model, name)
+    return (path, None) if form == "linked" else (model, name)
+
+
 def _opened(
-    model: Path, prompts: list[list[int]], wanted: int | None, threads: int
+    model: Path, task: str | None, prompts: list[list[int]], wanted: int | None, threads: int
 ) -> tuple[BatchSession, int]:
     """A session with room for the prompts and their answers, and the most new tokens of one."""
-    from loracle.export import Seq2SeqSession, open_decoder
+    from loracle.export import Deployment, Seq2SeqSession, open_decoder
     from loracle.export.seq2seq_model import is_seq2seq, open_seq2seq
 
     if not is_seq2seq(model):
         new_tokens = _room(model, prompts, wanted)
         capacity = max(map(len, prompts)) + new_tokens
+        if task is not None:
+            return Deployment(model, threads=threads).decoder(task, capacity, len(prompts)), new_tokens
         return open_decoder(model, capacity, threads=threads, batch=len(prompts)), new_tokens
     opened = open_seq2seq(model, threads)
     new_tokens = wanted or _NEW_TOKENS

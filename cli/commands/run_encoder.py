@@ -13,11 +13,14 @@ if TYPE_CHECKING:
     from loracle.export.encoder_answers import Scored
 
 
-def print_answers(model: Path, prompts: Sequence[str], *, threads: int, as_json: bool) -> None:
-    """Print what the model says of each text, one line a class or token."""
+def print_answers(
+    model: Path, prompts: Sequence[str], *, task: str | None = None, threads: int, as_json: bool
+) -> None:
+    """Print what the model, or a task that is bound to its inputs, says of each text, one line a class or
+    token."""
     from loracle.export.encoder_answers import answer_texts
 
-    answers = answer_texts(model, prompts, threads=threads)
+    answers = answer_texts(model, prompts, task=task, threads=threads)
     if as_json:
         typer.echo(json.dumps({"answers": [[_as_object(one) for one in answer] for answer in answers]}))
         return

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from loracle.reference import CheckError, FileError
+from loracle.reference import CheckError, ConfigError, FileError
 
 from ..guard import one_line_errors
 from ..options import Adapter, Debug, Json, Model, TrustRemoteCode
@@ -19,10 +19,19 @@ from ..progress import bar
 
 def command(
     candidate: Annotated[
-        Path, typer.Argument(help="ONNX folder, graph of a linked task, or folder of a merged checkpoint.")
+        Path, typer.Argument(help="ONNX folder, file of a task, or folder of a merged checkpoint.")
     ],
     model: Model,
     adapter: Adapter = None,
+    name: Annotated[
+        str | None, typer.Option("--name", help="The task in the folder; left out, the base model.")
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option(
+            "--record", help="Where all passes, let `loracle tasks` say so of the task; else no longer."
+        ),
+    ] = False,
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Text file with a prompt a line, instead of our own.")
     ] = None,
@@ -32,22 +41,31 @@ def command(
 ) -> None:
     """Prove that CANDIDATE is the base model with the adapter merged: its graph, its bits, its answers."""
     with one_line_errors(debug):
+        from loracle.export.task_verification import task_in_path
         from loracle.export.verification import verify
 
+        folder, task = task_in_path(candidate, name)
+        if record and task is None:
+            raise ConfigError("--record: expected a task of a deployment, got none; give its --name")
         lines = None if prompts is None else _lines(prompts)
         with bar("comparing tensors", quiet=as_json) as advance:
             report = verify(
                 candidate,
                 model,
                 adapter,
+                name=name,
                 prompts=lines,
                 trust_remote_code=trust_remote_code,
                 progress=advance,
             )
+        if record and task is not None:
+            from loracle.export.task_changes import record_verification
+
+            record_verification(folder, task, report)
         if as_json:
             typer.echo(json.dumps(report.to_json()))
         else:
-            table = Table("check", "", "figure", title=f"{candidate}", title_justify="left")
+            table = Table("check", "", "figure", title=report.candidate, title_justify="left")
             for check in report.checks:
                 mark = "[green]pass[/green]" if check.passed else "[red]FAIL[/red]"
                 table.add_row(check.name, mark, check.figure)
