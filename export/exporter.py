@@ -78,19 +78,29 @@ def _write_descriptions(
     )
     if changed:
         (folder / CONFIG_FILE).write_bytes(config_bytes({**config}))
-    _repeat_chat_template(folder)
+    repeated = _with_chat_template(folder)
+    if repeated is not None:
+        (folder / "tokenizer_config.json").write_bytes(repeated)
     if template.decoder is not None:
         grows = noted_options(template.model, CONFIG_FILE).portable
         (folder / GENAI_FILE).write_bytes(genai_bytes(checkpoint, template.decoder, grows=grows))
 
 
-def _repeat_chat_template(folder: Path) -> None:
-    """Let `tokenizer_config.json` hold the chat template too, where transformers.js reads it."""
+def _with_chat_template(folder: Path) -> bytes | None:
+    """The content of `tokenizer_config.json` with the chat template, which transformers.js reads there alone;
+    None where there are not both files."""
     template, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if not (template.is_file() and path.is_file()):
-        return
+        return None
     config = {**read_json_object(path), "chat_template": template.read_text(encoding="utf-8")}
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _description_bytes(model_dir: Path) -> int:
+    """Bytes of the files that come from the model's folder, as far as they can be read."""
+    repeated = _with_chat_template(model_dir)
+    more = 0 if repeated is None else len(repeated) - (model_dir / "tokenizer_config.json").stat().st_size
+    return sidecar_bytes(model_dir) + more
 
 
 def _check_form(form: str, name: str | None, adapter_dir: str | Path | None, *, replace: bool) -> None:
@@ -216,7 +226,7 @@ def export(
         with output_folder(out_dir) as folder:
             templates = graph_templates(checkpoint, config, task, options, trusted=trusted)
             nodes, tensors = _counts(templates.values())
-            beside = sidecar_bytes(checkpoint.dir)
+            beside = _description_bytes(checkpoint.dir)
             first = next(iter(templates.values()))
             if name is None:
                 size = write_models(templates, counted, folder, progress, beside=beside)
