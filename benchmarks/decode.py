@@ -18,8 +18,8 @@ ends an answer early. A way's prefill is timed to its first token, its decoding 
 First, parity: every way of the merged model must choose our tokens, or explain the first other one
 (`decode_parity`). Then time, in rounds. A round opens every model anew, and for each prompt runs one chain in
 which every way stands twice between two answers of ours, O X X O Y Y O ..., backwards in every second round.
-A short answer that is not timed goes before each. A way's ratio in a round is (X + X) / (O + O) with our answers beside it; the
-figure is the median over the rounds, with an interval from order statistics.
+A short answer that is not timed goes before each. A way's ratio in a round is (X + X) / (O + O) with our
+answers beside it; the figure is the median over the rounds, with an interval from order statistics.
 
 The bound: all weights are read once a token (the cache, a few per cent of them here, is left out), as fast as
 the same number of threads reads an array in the same round.
@@ -34,7 +34,7 @@ import argparse
 import gc
 import json
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -59,7 +59,6 @@ from .decode_ways import (
     TRANSFORMERS,
     UNMERGED,
     WAYS,
-    Opened,
     Subject,
     best_transformers,
     genai,
@@ -67,42 +66,12 @@ from .decode_ways import (
     ours,
     ours_forced,
 )
+from .interleaved import Seconds, chain, timed
 from .llama_model import LlamaShape, write_llama
 from .machine import describe
 from .peers import PEERS_PYTHON, check_python
 
-WARM_TOKENS = 4
 TINY = LlamaShape(64, 2, 4, 2, 128, 512)
-Seconds = tuple[float, float]
-"""Of an answer: to its first token, and from there."""
-
-
-def chain(own: Callable[[], Seconds], ways: Sequence[Callable[[], Seconds]]) -> Iterator[Seconds]:
-    """Call O X X O Y Y O ... and yield each way's (X + X) / (O + O), of the calls of ours beside it."""
-    before = own()
-    for way in ways:
-        first, second = way(), way()
-        after = own()
-        prefill, decode = (
-            (first[phase] + second[phase]) / (before[phase] + after[phase]) for phase in range(2)
-        )
-        yield prefill, decode
-        before = after
-
-
-def timed(answer: Opened, text: Prompt, new_tokens: int, seconds: list[Seconds]) -> Callable[[], Seconds]:
-    """A call that answers, and keeps and returns its seconds.
-
-    A short answer goes before it: threads of the way before still spin for a while, and would slow a prefill.
-    """
-
-    def run() -> Seconds:
-        answer(text, WARM_TOKENS)
-        found = answer(text, new_tokens)
-        seconds.append((found.first, found.rest))
-        return seconds[-1]
-
-    return run
 
 
 def subjects_of(
@@ -200,7 +169,7 @@ def measure(
             for name, taken in seconds.items():
                 times[name, own].prefill.append(sum(first for first, _ in taken) / len(taken))
                 times[name, own].decode.append(sum(rest for _, rest in taken) / len(taken))
-        del answers, answer, runs
+        del answers, runs
     return times, bandwidths
 
 

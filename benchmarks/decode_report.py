@@ -4,31 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from rich.table import Table
 
 from .decode_ways import BASE, CONTROL, GENAI, OPTIMUM, OURS, TRANSFORMERS
+from .interleaved import Times
 from .intervals import median_interval, ratio_text
+from .tables import plain_table
 
 Row = dict[str, Any]
 PHASES = ("prefill", "decode")
-
-
-@dataclass(frozen=True)
-class Times:
-    """What was measured of one way with one prompt, a number for each round.
-
-    Attributes:
-        prefill, decode: seconds of one answer to its first token, and from there.
-        prefill_ratios, decode_ratios: these over ours; empty for `OURS`.
-    """
-
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    prefill_ratios: list[float] = field(default_factory=list)
-    decode_ratios: list[float] = field(default_factory=list)
 
 
 def row_of(
@@ -87,7 +73,7 @@ def checks(rows: Sequence[Row]) -> list[Row]:
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """The rows as a person reads them."""
-    table = _table(
+    table = plain_table(
         "decoding, float32",
         ("prompt", "way", "decode tok/s", "ours / way", "of the bound", "prefill ms", "ours / way"),
     )
@@ -107,7 +93,7 @@ def rows_table(rows: Sequence[Row]) -> Table:
 
 def checks_table(found: Sequence[Row]) -> Table:
     """What `checks` found."""
-    table = _table("aims: our seconds", ("prompt", "check", "value", "limit", "met"))
+    table = plain_table("aims: our seconds", ("prompt", "check", "value", "limit", "met"))
     for row in found:
         met = "yes" if row["holds"] else "NO"
         table.add_row(str(row["prompt"]), row["check"], f"{row['value']:.3f}", f"{row['limit']:.3f}", met)
@@ -116,15 +102,10 @@ def checks_table(found: Sequence[Row]) -> Table:
 
 def differences_table(found: Sequence[Mapping[str, Any]]) -> Table:
     """Where texts differ, and that rounding explains it."""
-    table = _table("first token that is not ours", ("prompt", "way", "token", "margin", "rounding explains"))
+    table = plain_table(
+        "first token that is not ours", ("prompt", "way", "token", "margin", "rounding explains")
+    )
     for row in found:
         figures = (f"{row['margin']:.1e}", f"{row['limit']:.1e}")
         table.add_row(str(row["prompt"]), row["way"], str(row["place"]), *figures)
-    return table
-
-
-def _table(title: str, names: Sequence[str]) -> Table:
-    table = Table(title=title)
-    for name in names:
-        table.add_column(name, no_wrap=True)
     return table

@@ -4,20 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers.generation.streamers import BaseStreamer
 
-
-@dataclass(frozen=True)
-class Answer:
-    """The tokens that followed a prompt; seconds until the first was there, and for all others."""
-
-    tokens: tuple[int, ...]
-    first: float
-    rest: float
+from .answer import Answer
 
 
 class Clock(BaseStreamer):  # type: ignore[misc]

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import json
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime_genai
+from loracle.export import DecoderSession, open_session
 
-from loracle.export import DecoderSession, generate, open_session
-
-from .decode_transformers import Answer, timed_generate
+from .answer import Answer
+from .decode_genai import open_generator, open_model, timed_generator
+from .decode_loop import timed_loop
+from .decode_transformers import timed_generate
+from .interleaved import Opened
 
 OURS = "loracle"
 CONTROL = "A/A control"
@@ -32,9 +32,6 @@ TRANSFORMERS = "transformers"
 OPTIMUM = "Optimum"
 WAYS = (CONTROL, BASE, UNMERGED, GENAI, GENAI_OURS, TRANSFORMERS, OPTIMUM)
 """What is compared with `OURS`, in order."""
-
-Opened = Callable[[Sequence[int], int], Answer]
-"""Called with the tokens of a prompt and how many to append."""
 
 Open = Callable[[], Opened]
 """Loads the model."""
@@ -64,22 +61,12 @@ class ForcedSession(DecoderSession):
         return super().decode([next(self._text)])
 
 
-def _answer(session: DecoderSession, prompt: Sequence[int], new_tokens: int) -> Answer:
-    """Through the loop of `loracle run`."""
-    start = time.perf_counter()
-    steps = generate(session, [prompt], new_tokens)
-    tokens = [next(steps)[1]]
-    first = time.perf_counter()
-    tokens += [token for _, token in steps]
-    return Answer(tuple(tokens), first - start, time.perf_counter() - first)
-
-
 def ours(folder: Path, threads: int) -> Opened:
     """An exported folder in our session."""
     session = open_session(folder, threads)
 
     def answer(prompt: Sequence[int], new_tokens: int) -> Answer:
-        return _answer(DecoderSession(session, len(prompt) + new_tokens), prompt, new_tokens)
+        return timed_loop(DecoderSession(session, len(prompt) + new_tokens), prompt, new_tokens)
 
     return answer
 
@@ -91,7 +78,7 @@ def ours_forced(folder: Path, threads: int, texts: Mapping[tuple[int, ...], Sequ
     def answer(prompt: Sequence[int], new_tokens: int) -> Answer:
         decoder = ForcedSession(session, len(prompt) + new_tokens)
         decoder.force(texts[tuple(prompt)])
-        return _answer(decoder, prompt, new_tokens)
+        return timed_loop(decoder, prompt, new_tokens)
 
     return answer
 
@@ -103,26 +90,10 @@ def genai(folder: Path, threads: int, texts: Mapping[tuple[int, ...], Sequence[i
     """
     held = {token for text in texts.values() for token in text}
     end = next(token for token in range(len(held) + 1) if token not in held)
-    config = onnxruntime_genai.Config(str(folder))
-    options = {"intra_op_num_threads": threads}
-    # A list would be joined to the folder's own.
-    config.overlay(json.dumps({"model": {"eos_token_id": end, "decoder": {"session_options": options}}}))
-    model = onnxruntime_genai.Model(config)
+    model = open_model(folder, threads, end)
 
     def answer(prompt: Sequence[int], new_tokens: int) -> Answer:
-        parameters = onnxruntime_genai.GeneratorParams(model)
-        parameters.set_search_options(max_length=len(prompt) + new_tokens, do_sample=False)
-        generator = onnxruntime_genai.Generator(model, parameters)
-        tokens = np.array([prompt], np.int32)
-        start = time.perf_counter()
-        generator.append_tokens(tokens)
-        generator.generate_next_token()
-        first = time.perf_counter()
-        for _ in range(new_tokens - 1):
-            generator.generate_next_token()
-        end = time.perf_counter()
-        text = generator.get_sequence(0)[len(prompt) :]
-        return Answer(tuple(int(token) for token in text), first - start, end - first)
+        return timed_generator(open_generator(model, len(prompt) + new_tokens), prompt, new_tokens)
 
     return answer
 

@@ -13,6 +13,7 @@ from .export_models import LARGE, MIDDLE, SMOL
 from .export_ways import BUILDER, CACHED, FIRST, FLOOR
 from .intervals import median_interval, ratio_text
 from .process import Measured
+from .tables import plain_table
 
 Row = dict[str, Any]
 
@@ -85,7 +86,7 @@ def checks(rows: Sequence[Row]) -> list[Row]:
 
 def rows_table(rows: Sequence[Row]) -> Table:
     """The rows as a person reads them."""
-    table = _table(
+    table = plain_table(
         "merge and export",
         (
             "model",
@@ -121,15 +122,8 @@ _COUNTED = ("read_bytes", "written_bytes")
 
 def checks_table(found: Sequence[Row]) -> Table:
     """What `checks` found."""
-    table = _table("aims", ("model", "way", "check", "value", "limit", "met"))
+    table = plain_table("aims", ("model", "way", "check", "value", "limit", "met"))
     for row in found:
         figures = (f"{row['value']:.2f}", f"{row['limit']:.2f}")
         table.add_row(row["model"], row["way"], row["check"], *figures, "yes" if row["holds"] else "NO")
-    return table
-
-
-def _table(title: str, names: Sequence[str]) -> Table:
-    table = Table(title=title)
-    for name in names:
-        table.add_column(name, no_wrap=True)
     return table

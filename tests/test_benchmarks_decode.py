@@ -17,11 +17,11 @@ pytest.importorskip("onnxruntime_genai")
 
 from export_fixtures import make_adapter, make_model
 
-from benchmarks import decode, decode_parity, decode_ways
+from benchmarks import decode, decode_parity, decode_ways, interleaved
+from benchmarks.answer import Answer
 from benchmarks.decode_folders import weight_bytes
 from benchmarks.decode_parity import differences, first_difference
 from benchmarks.decode_report import Times, checks, row_of
-from benchmarks.decode_transformers import Answer
 from benchmarks.decode_ways import BASE, CONTROL, GENAI, OURS, Subject
 from benchmarks.llama_model import LlamaShape, write_llama
 from loracle.export import DecoderSession, export
@@ -69,7 +69,7 @@ def test_every_way_stands_twice_between_two_answers_of_ours() -> None:
 
         return run
 
-    ratios = list(decode.chain(runner("O"), [runner("X"), runner("Y")]))
+    ratios = list(interleaved.chain(runner("O"), [runner("X"), runner("Y")]))
     assert "".join(called) == "OXXOYYO"
     assert ratios == [(9 / 3, 3 / 12), (36 / 6, 12 / 6)]
 
@@ -80,7 +80,7 @@ def test_every_second_round_opens_and_answers_backwards(monkeypatch: pytest.Monk
 
     def subject(name: str, seconds: float) -> Subject:
         def answer(prompt: Sequence[int], new_tokens: int) -> Answer:
-            if new_tokens != decode.WARM_TOKENS:
+            if new_tokens != interleaved.WARM_TOKENS:
                 answered.append(name)
             return Answer((), seconds, 10 * seconds)
 
