@@ -1,17 +1,19 @@
 # Every target makes .venv by itself, once; PYTHON chooses the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
-SOURCES := reference files torch_impl export cli demo
+NODE := tests/consumers/node
+SOURCES := reference files torch_impl export serve cli demo
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all mutants lint bench bench-large architectures clean
+.PHONY: help demo test test-all test-consumers consumers mutants lint bench bench-large architectures clean
 
 help:
 	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
 	@echo "make test      the tests, under 15 minutes on two cores"
 	@echo "make test-all  the tests and the long suites"
+	@echo "make test-consumers  exported folders in other people's runtimes: Optimum, transformers.js, Chromium, ..."
 	@echo "make mutants   do the tests notice every change of reference/? MODULES=\"linear bounds\" for some"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     side-by-side measurements"
@@ -22,11 +24,11 @@ $(BIN)/python:
 	$(PYTHON) -m venv .venv
 
 .venv/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,onnx,demo]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,onnx,demo,serve]'
 	@touch $@
 
 .venv/dev.stamp: .venv/run.stamp
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,onnx,demo,dev]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[torch,onnx,demo,serve,dev]'
 	@touch $@
 
 demo: .venv/run.stamp
@@ -35,8 +37,20 @@ demo: .venv/run.stamp
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
 
-test-all: .venv/dev.stamp lint
+test-all: .venv/dev.stamp consumers lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
+
+test-consumers: .venv/dev.stamp consumers
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/consumers tests/test_export_genai.py
+
+# The runtimes of tests/consumers: Optimum, Node.js with transformers.js, Chromium.
+consumers: .venv-peers/stamp $(NODE)/node_modules/stamp
+	@bash tests/consumers/install.sh
+
+$(NODE)/node_modules/stamp: $(NODE)/package-lock.json
+	@bash tests/consumers/install.sh
+	cd $(NODE) && npm ci --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 mutants: .venv/dev.stamp
 	$(BIN)/python -m tests.mutation.run $(MODULES) $(if $(TESTS),--tests $(TESTS))
@@ -61,6 +75,7 @@ bench: .venv/dev.stamp .venv-peers/stamp
 	$(BIN)/python -m benchmarks.tightness
 	$(BIN)/python -m benchmarks.decode
 	$(BIN)/python -m benchmarks.export
+	$(BIN)/python -m benchmarks.tasks
 
 bench-large: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.export --models 1.1b --rounds 3 --out benchmarks/results/export_1.1b.json
@@ -70,4 +85,4 @@ architectures: .venv/dev.stamp
 	$(BIN)/python tests/architectures_page.py
 
 clean:
-	rm -rf .venv .venv-peers demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-peers $(NODE)/node_modules examples/browser/node_modules demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

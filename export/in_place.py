@@ -13,10 +13,11 @@ The folder is the model's own because runtimes open data in a graph's own folder
 in it stays as it is; what is written appears in one step each, the graph last. What a killed process leaves
 is removed by the next task.
 
-Tensors of a safetensors file start at multiples of 8 bytes as a rule, not of pages as those of `model.onnx_data`
-do. onnxruntime maps them all the same, from the page that a tensor begins in. Two processes on SmolLM2-135M in
-float32 (538 MB) with `session.disable_prepacking` have a proportional set of 278 MB each, of either file; with
-weights that onnxruntime has laid out anew, each process has its own, 606 MB, of either file.
+Tensors of a safetensors file start at multiples of 8 bytes as a rule, not of pages as those of
+`model.onnx_data` do. onnxruntime maps them all the same, from the page that a tensor begins in. Two
+processes on SmolLM2-135M in float32 (538 MB) with `session.disable_prepacking` have a proportional set of
+278 MB each, of either file; with weights that onnxruntime has laid out anew, each process has its own, 606
+MB, of either file.
 """
 
 from __future__ import annotations

@@ -123,3 +123,11 @@ def add_beside_another(
         wait_for(lambda: len(list(deployment.parent.glob("* is writing"))) == 2)
 
     export(model, deployment, adapter, form=form, name=name, progress=progress)
+
+
+def export_in_place(model: Path, adapter: Path, form: str, cache: str) -> None:
+    """Make a model's own folder a deployment with one task."""
+    from loracle.export import export
+
+    os.environ["LORACLE_CACHE"] = cache
+    export(model, model, adapter, form=form, name="french", in_place=True)

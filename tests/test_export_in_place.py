@@ -18,11 +18,13 @@ import pytest
 import torch
 from deployments import content
 from export_fixtures import VOCABULARY, make_adapter, make_model
-from killed_exports import run
+from killed_exports import export_in_place, run
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
 
+from loracle.cli.app import app
 from loracle.export import Deployment, export, open_session, verify
 from loracle.export.deployed_tasks import manifest
 from loracle.export.external import load_graph
@@ -401,13 +403,23 @@ def test_a_shard_that_has_become_a_link_is_refused(models: Path, model: Path, tm
         load_graph(model / "model.onnx")
 
 
-def export_in_place(model: Path, adapter: Path, form: str, cache: str) -> None:
-    """To be run in a process of its own."""
-    os.environ["LORACLE_CACHE"] = cache
-    in_place(model, adapter, "french", form)
+def test_the_command_makes_the_models_folder_a_deployment(models: Path, model: Path) -> None:
+    def call(*arguments: object) -> str:
+        result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+        assert result.exit_code == 0, result.output
+        return result.stdout
+
+    before = content(model)
+    export_it = ("export", "--model", model, "--out", model, "--in-place", "--adapter", models / "attention")
+    call(*export_it, "--form", "linked", "--name", "french")
+    call("tasks", "add", model, "german", "--model", model, "--adapter", models / "mlp")
+    call("verify", model, "--name", "german", "--model", model, "--adapter", models / "mlp", "--record")
+    assert "model.safetensors" in call("tasks", model, "--json")
+    call("run", model, "--name", "french", "--prompt", "hello", "--max-new-tokens", 3)
+    after = content(model)
+    assert {name: after[name] for name in before} == before
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_a_killed_export_leaves_a_checkpoint_and_a_whole_deployment_or_none(
     models: Path, tmp_path: Path, form: str
@@ -462,6 +474,26 @@ def test_what_a_killed_export_left_of_other_options_goes(models: Path, model: Pa
     in_place(model, models / "attention", "french")
     described = json.loads((model / "genai_config.json").read_text())
     assert described["search"]["past_present_share_buffer"] is True
+
+
+def test_a_base_that_another_process_has_made_meanwhile_is_taken(
+    models: Path, model: Path, tmp_path: Path
+) -> None:
+    made: list[bytes] = []
+
+    def progress(*_: int) -> None:
+        if not made:
+            made.append(b"")
+            in_place(model, models / "mlp", "german")
+            made[0] = (model / "model.onnx").read_bytes()
+            os.utime(model / "model.onnx", (1, 1))
+
+    in_place(model, models / "attention", "french", progress=progress)
+    assert (model / "model.onnx").read_bytes() == made[0]
+    assert os.stat(model / "model.onnx").st_mtime == 1
+    export(models / "tied True", tmp_path / "baked", models / "attention")
+    assert logits(model / "french.onnx") == logits(tmp_path / "baked" / "model.onnx")
+    assert (model / "german.onnx").is_file()
 
 
 def test_a_full_disk_leaves_the_checkpoint(

@@ -138,3 +138,27 @@ def test_releasing_pages_keeps_the_numbers(tmp_path: Path) -> None:
         view = file.tensor(name)
         file.release(name)
         assert view.tobytes() == array.tobytes()
+
+
+def test_a_fingerprint_tells_headers_and_both_ends_and_the_middle_of_tensors(tmp_path: Path) -> None:
+    def fingerprint(values: Array, metadata: dict[str, str] | None = None) -> str:
+        path = tmp_path / "x.safetensors"
+        path.unlink(missing_ok=True)
+        write_safetensors(path, {"a": np.zeros(3, np.float32), "b": values}, metadata)
+        file = SafetensorsFile(path)
+        assert file.nbytes == path.stat().st_size
+        return file.fingerprint()
+
+    values = random_array((1001,), 0)
+    found = {fingerprint(values), fingerprint(values, {"k": "v"}), fingerprint(values.reshape(1, 1001))}
+    assert fingerprint(values) in found
+    for place in (0, 500, 1000):
+        other = values.copy()
+        other[place] += 1
+        found.add(fingerprint(other))
+    assert len(found) == 6
+    other = values.copy()
+    other[250] += 1
+    assert fingerprint(other) == fingerprint(values)
+    empty = np.zeros((0, 4), np.float32)
+    assert fingerprint(empty) == fingerprint(empty)
