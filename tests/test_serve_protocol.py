@@ -171,6 +171,22 @@ def test_an_answer_ends_at_a_stop_string_or_an_end_token(client: TestClient, dep
     assert special.status_code == 200
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_beginning_of_a_stop_string_at_the_end_of_an_answer_is_text(
+    client: TestClient, stream: bool
+) -> None:
+    drawn = {"model": "base", "temperature": 1, "seed": 3, "max_tokens": 20}
+    whole = complete(client, **drawn).json()["choices"][0]
+    assert whole["finish_reason"] == "length"
+    response = complete(client, **drawn, stop=f"{whole['text'][-2:]} and more", stream=stream)
+    if stream:
+        choices = [chunk["choices"][0] for chunk in events_of(response.text)[:-1]]
+        assert "".join(choice["text"] for choice in choices) == whole["text"]
+        assert choices[-1]["finish_reason"] == "length"
+    else:
+        assert response.json()["choices"][0] == whole
+
+
 def test_an_answer_has_128_tokens_or_what_the_context_has_room_for(client: TestClient) -> None:
     fields = {"model": "base", "temperature": 1, "seed": 1, "max_tokens": None}
     longest = max(
