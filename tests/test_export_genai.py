@@ -63,7 +63,7 @@ def test_a_folder_gives_the_same_tokens_as_it_is(models: Path, folder: str) -> N
 def test_an_overlay_of_the_filename_chooses_a_graph_of_the_folder(
     models: Path, filename: str, graph: str
 ) -> None:
-    """A linked task by its graph; the one of swappable tasks is the base, for genai binds no further inputs."""
+    """A linked task by its graph; that of swappable tasks is the base, for genai binds no more inputs."""
     folder = models / "deployment"
     config = onnxruntime_genai.Config(str(folder))
     config.overlay(json.dumps({"model": {"decoder": {"filename": filename}}}))
