@@ -112,6 +112,7 @@ class Deployed:
         from loracle.export.deployment import Deployment
 
         self._deployment = Deployment(folder, threads=threads)
+        self._decoder: Any = None
 
     def load(self, task: str) -> None:
         self._deployment.load(task)
@@ -119,7 +120,8 @@ class Deployed:
     def ready(self, task: str, capacity: int) -> Run:
         from .decode_loop import timed_loop
 
-        return partial(timed_loop, self._deployment.decoder(task, capacity))
+        self._decoder = self._deployment.decoder(task, capacity, reuse=self._decoder)
+        return partial(timed_loop, self._decoder)
 
 
 class Genai:

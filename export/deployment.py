@@ -19,7 +19,8 @@ from loracle.reference import ConfigError, DataError, FileError
 from .answers import Answer, answer_prompts
 from .growing_session import open_decoder
 from .loaded_task import LoadedTask, check_inputs, load_task, map_task, signature_of
-from .names import GRAPH_FILE, SWAPPABLE_FILE
+from .mapped_pages import release_mapped
+from .names import DATA_FILE, GRAPH_FILE, SWAPPABLE_FILE
 from .sampling import Sampling
 from .session import REFUSALS, DecoderSession, check_capacity, context_length, open_session
 from .task_names import bound_file, bound_names, is_name
@@ -118,19 +119,30 @@ class Deployment:
         with self._lock:
             self._loaded.pop(task, None)
 
-    def decoder(self, task: str | None, capacity: int, batch: int = 1) -> DecoderSession:
+    def decoder(
+        self, task: str | None, capacity: int, batch: int = 1, *, reuse: DecoderSession | None = None
+    ) -> DecoderSession:
         """A decoder of one task; of the base for None.
 
         Args:
             capacity: most tokens of a row, prompt and answer together.
             batch: number of rows.
+            reuse: a decoder of this deployment that is done with. Where it has as many rows and places, and
+                its task changes the same tensors, it is given the other task's and returned.
 
         Raises:
             FileError: there is no such task, it is another model's, or the model is no decoder.
             ConfigError: the model has not so many positions.
         """
-        check_capacity(self.folder, capacity)
         session, weights = self._take(task)
+        if (
+            reuse is not None
+            and reuse.session is session
+            and (reuse.capacity, reuse.batch) == (capacity, batch)
+            and reuse.switch(weights)
+        ):
+            return reuse
+        check_capacity(self.folder, capacity)
         return open_decoder(session, capacity, batch=batch, weights=weights)
 
     def generate(
@@ -206,7 +218,9 @@ class Deployment:
 
             return open_with_inputs(self.folder, self._adapters.values(), self._threads)
         path = self.folder / SWAPPABLE_FILE
-        return open_session(path if path.is_file() else self.folder / GRAPH_FILE, self._threads)
+        session = open_session(path if path.is_file() else self.folder / GRAPH_FILE, self._threads)
+        release_mapped(self.folder / DATA_FILE)
+        return session
 
     def _take(
         self, task: str | None

@@ -30,6 +30,9 @@ class GrowingSession(DecoderSession):
         self.length = 0
         self._padding = np.zeros(self.rows, np.int64)
 
+    def _rebind(self) -> None:
+        """Every run has a binding of its own."""
+
     def decode(self, tokens: Array | Sequence[int]) -> Array:
         """Append one token to each row; see `DecoderSession.decode`."""
         require_one_a_row(tokens, self.rows)

@@ -254,6 +254,24 @@ class DecoderSession:
             binding.bind_ortvalue_input(name, value)
         return binding
 
+    def switch(self, weights: Mapping[str, onnxruntime.OrtValue]) -> bool:
+        """Go on with another task's weights, with the same cache: its texts are forgotten.
+
+        Returns:
+            whether that was possible: where the names are others than before, nothing has changed.
+        """
+        if weights.keys() != self._weights.keys():
+            return False
+        self._weights = weights
+        self._rebind()
+        self.reset()
+        return True
+
+    def _rebind(self) -> None:
+        """Bind the task's weights in the place of another's."""
+        for name, value in self._weights.items():
+            self._binding.bind_ortvalue_input(name, value)
+
     def require_room(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
         """Raise ShapeError where the capacity has no room for the prompts and their answers."""
         needed = max(map(len, prompts), default=0) + new_tokens - 1  # the last token is not read

@@ -63,9 +63,14 @@ def test_a_switch_is_the_median_of_opening_the_task_s_decoder(
     monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock))
     opened = []
     deployment = Deployment(tmp_path / "onnx")
-    monkeypatch.setattr(deployment, "decoder", lambda *what: opened.append((what, deployment.loaded)))
+
+    def decoder(*what: object, reuse: object = None) -> int:
+        opened.append((what, reuse))
+        return len(opened)
+
+    monkeypatch.setattr(deployment, "decoder", decoder)
     assert speed.switch_seconds(deployment, "french", 16, repeats=3) == 2.0
-    assert opened == [(("french", 16), ("french",))] * 3
+    assert opened == [(("french", 16), reused) for reused in (None, 1, 2, 3)]
 
 
 def test_median_interval_encloses_the_median_and_narrows() -> None:

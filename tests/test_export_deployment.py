@@ -25,7 +25,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("models")
     base = make_model(root / "base")
     export(base, root / "baked base")
-    for seed, (name, targets) in enumerate(ADAPTERS.items(), 1):
+    kinds = {**ADAPTERS, "other french": ADAPTERS["french"]}
+    for seed, (name, targets) in enumerate(kinds.items(), 1):
         make_adapter(root / name, base, targets, seed=seed)
         export(base, root / f"baked {name}", root / name)
     return root
@@ -281,3 +282,32 @@ def test_it_needs_neither_torch_nor_onnx(made: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+def test_a_decoder_that_is_done_with_goes_on_with_another_task(models: Path, made: Path) -> None:
+    deployment = Deployment(made, adapters={"twin": models / "other french"})
+    expected = {name: baked(models, name, deployment, PROMPTS[:1])[0] for name in ("french", "other french")}
+    prompt = deployment.text.encode_prompt(PROMPTS[0])
+    session = deployment.decoder("french", 60)
+    for name, own in (("twin", "other french"), ("french", "french")):
+        assert deployment.decoder(name, 60, reuse=session) is session
+        steps = generate(session, [prompt], 12, stop=deployment.text.stop)
+        assert [token for _, token in steps] == expected[own]
+
+
+def test_a_decoder_that_does_not_fit_is_not_reused(made: Path) -> None:
+    deployment = Deployment(made)
+    session = deployment.decoder("french", 60)
+    for other in (("german", 60), (None, 60), ("french", 61), ("french", 60, 2)):
+        assert deployment.decoder(*other, reuse=session) is not session
+    assert Deployment(made).decoder("french", 60, reuse=session) is not session
+
+
+def test_a_reused_decoder_has_all_its_rows_again(models: Path, made: Path) -> None:
+    deployment = Deployment(made)
+    session = deployment.decoder("french", 60, 2)
+    session.prefill([[1, 2], [3]])
+    session.keep([1])
+    assert deployment.decoder("french", 60, 2, reuse=session) is session
+    fresh = deployment.decoder("french", 60, 2)
+    np.testing.assert_array_equal(session.prefill([[5], [6, 7]]), fresh.prefill([[5], [6, 7]]))
