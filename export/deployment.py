@@ -19,8 +19,7 @@ from loracle.reference import ConfigError, DataError, FileError
 from .answers import Answer, answer_prompts
 from .growing_session import open_decoder
 from .loaded_task import LoadedTask, check_inputs, load_task, map_task, signature_of
-from .mapped_pages import release_mapped
-from .names import DATA_FILE, GRAPH_FILE, SWAPPABLE_FILE
+from .names import GRAPH_FILE, SWAPPABLE_FILE
 from .sampling import Sampling
 from .session import REFUSALS, DecoderSession, check_capacity, context_length, open_session
 from .task_names import bound_file, bound_names, is_name
@@ -218,9 +217,7 @@ class Deployment:
 
             return open_with_inputs(self.folder, self._adapters.values(), self._threads)
         path = self.folder / SWAPPABLE_FILE
-        session = open_session(path if path.is_file() else self.folder / GRAPH_FILE, self._threads)
-        release_mapped(self.folder / DATA_FILE)
-        return session
+        return open_session(path if path.is_file() else self.folder / GRAPH_FILE, self._threads)
 
     def _take(
         self, task: str | None

@@ -17,6 +17,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, FileError, ShapeError
 
+from .mapped_pages import release_mapped
 from .names import (
     ATTENTION_MASK,
     GENAI_FILE,
@@ -99,6 +100,7 @@ def _open(
         raise FileError(f"{path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from error
     noted = session.get_modelmeta().custom_metadata_map.get(SHARDS_KEY)
     check_shards(noted, model_folder(path), str(path))
+    release_mapped(model_folder(path))
     return session
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from export_fixtures import SHAPE, make_adapter, make_model
 from onnx import numpy_helper
+from safetensors.numpy import load_file, save_file
+from task_fixtures import tiny_bert, write_words_model
 
 from loracle.export import DecoderSession, export, open_session
 from loracle.export.outputs_check import generate_with_logits
@@ -177,6 +180,28 @@ def test_onnx_checker_accepts_the_folder_and_files_travel_along(tmp_path: Path) 
     names = {path.name for path in moved.iterdir()}
     assert {"model.onnx", "model.onnx_data", "config.json", "tokenizer.json", "chat_template.jinja"} <= names
     assert not [path for path in tmp_path.iterdir() if path.name not in ("base", "moved")]
+
+
+def test_the_chat_template_is_where_transformers_js_reads_it_too(tmp_path: Path) -> None:
+    base = make_model(tmp_path / "base")
+    export(base, tmp_path / "onnx")
+    held = json.loads((base / "tokenizer_config.json").read_text())
+    template = (tmp_path / "onnx/chat_template.jinja").read_text()
+    assert template == (base / "chat_template.jinja").read_text()
+    written = json.loads((tmp_path / "onnx/tokenizer_config.json").read_text())
+    assert written == {**held, "chat_template": template}
+
+
+def test_buffers_that_were_saved_as_weights_once_are_passed_over(tmp_path: Path) -> None:
+    """As by transformers; many published encoders hold `position_ids`."""
+    base = write_words_model(tmp_path / "base", tiny_bert("BertModel"))
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "embeddings.position_ids": np.arange(64)[None]}, path, {"format": "pt"})
+    export(base, tmp_path / "onnx")
+    save_file({**tensors, "embeddings.position_idx": np.arange(64)[None]}, path, {"format": "pt"})
+    with pytest.raises(TargetError, match="position_idx: in the checkpoint, but the graph has"):
+        export(base, tmp_path / "other")
 
 
 def test_weights_of_another_model_are_refused_before_anything_is_written(tmp_path: Path) -> None:

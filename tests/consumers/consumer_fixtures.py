@@ -62,6 +62,7 @@ class Exports:
             "portable": self.portable / "model.onnx",
             "linked": self.deployment / "french.onnx",
             "base": self.deployment / "model.onnx",
+            "swappable": self.deployment / "swappable.onnx",
         }
 
 

@@ -37,7 +37,7 @@ SERVE = [str(EXAMPLE / "serve.py"), "--port", "0"]
 # Any static server: no headers, so one thread.
 PLAIN = ["-u", "-m", "http.server", "--bind", "127.0.0.1", "0", "--directory"]
 VIEWS = ("desktop", "dark", "phone")
-DECODERS = ("baked", "portable", "linked", "base")
+DECODERS = ("baked", "portable", "linked", "base", "swappable")
 
 
 def example() -> ModuleType:

@@ -29,6 +29,7 @@ def test_the_forms_differ_where_they_should(exports: Exports) -> None:
     answers = {name: our_tokens(graph) for name, graph in exports.graphs().items()}
     german = task_tokens(exports.deployment, "german")
     assert answers["baked"] == answers["linked"] == answers["portable"]
+    assert answers["base"] == answers["swappable"]
     assert german == our_tokens(exports.german / "model.onnx")
     for prompt, *others in zip(range(len(PROMPTS)), answers["baked"], answers["base"], german, strict=True):
         assert len({tuple(tokens) for tokens in others}) == 3, prompt
