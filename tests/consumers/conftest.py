@@ -19,6 +19,6 @@ def real(tmp_path_factory: pytest.TempPathFactory, smollm2: Path, _own_cache: No
     from loracle.export import export
 
     root = tmp_path_factory.mktemp("smollm2")
-    adapter = make_adapter(root / "adapter", smollm2, r=4, alpha=1)
+    adapter = make_adapter(root / "adapter", smollm2, r=4, alpha=4)
     export(smollm2, root / "deployment", adapter, form="linked", name="french")
     return root / "deployment"
