@@ -303,7 +303,7 @@ def test_a_linked_task_shares_the_experts_that_its_adapter_leaves_alone(made: Pa
 
 
 def test_an_adapter_of_experts_cannot_stay_in_the_graph(made: Path, tmp_path: Path) -> None:
-    with pytest.raises(TargetError, match=r"expected one product that uses it, found 0 uses$"):
+    with pytest.raises(TargetError, match=r"expected one product that uses it, .* found 0 uses in the graph"):
         export_unmerged(made / "base apart", made / "adapter apart", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
 
