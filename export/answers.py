@@ -61,11 +61,6 @@ def answer_prompts(
     for answer in answers:
         answer.close()
     return [
-        Answer(
-            answer.text,
-            tuple(answer.tokens),
-            len(prompt),
-            "stop" if answer.stopped or answer.tokens[-1] in ends else "length",
-        )
+        Answer(answer.text, tuple(answer.tokens), len(prompt), answer.finish_reason(ends))
         for answer, prompt in zip(answers, prompts, strict=True)
     ]

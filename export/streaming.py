@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from tokenizers import Tokenizer
 
@@ -117,6 +117,10 @@ class AnswerText:
     def stopped(self) -> bool:
         """Whether a stop string has come."""
         return self._filter.found
+
+    def finish_reason(self, ends: Collection[int]) -> str:
+        """Why a whole answer ended: "stop", for a stop string or a token of `ends`; or "length"."""
+        return "stop" if self.stopped or self.tokens[-1] in ends else "length"
 
     def push(self, token: int) -> str:
         """Take one more token; return the text that may be shown."""

@@ -37,26 +37,22 @@ def is_name(name: str) -> bool:
 
 def task_file(deployment: Path, name: str) -> Path:
     """Where a deployment's task has its tensors. Raises ConfigError: `name` cannot be a task's."""
-    check_name(name)
-    return deployment / f"{name}{TASK_SUFFIX}"
+    return _file(deployment, name, TASK_SUFFIX)
 
 
 def swappable_names(deployment: Path) -> tuple[str, ...]:
     """The names of a deployment's swappable tasks, sorted."""
-    found = (path.name.removesuffix(TASK_SUFFIX) for path in deployment.glob(f"*{TASK_SUFFIX}"))
-    return tuple(sorted(filter(is_name, found)))
+    return _names(deployment, TASK_SUFFIX)
 
 
 def adapter_file(deployment: Path, name: str) -> Path:
     """Where a deployment's task has its adapter. Raises ConfigError: `name` cannot be a task's."""
-    check_name(name)
-    return deployment / f"{name}{ADAPTER_SUFFIX}"
+    return _file(deployment, name, ADAPTER_SUFFIX)
 
 
 def adapter_names(deployment: Path) -> tuple[str, ...]:
     """The names of a deployment's tasks in the form adapter-inputs, sorted."""
-    found = (path.name.removesuffix(ADAPTER_SUFFIX) for path in deployment.glob(f"*{ADAPTER_SUFFIX}"))
-    return tuple(sorted(filter(is_name, found)))
+    return _names(deployment, ADAPTER_SUFFIX)
 
 
 def bound_file(deployment: Path, name: str) -> Path:
@@ -75,12 +71,9 @@ def bound_names(deployment: Path) -> tuple[str, ...]:
 
 def find_tasks(deployment: Path) -> tuple[tuple[str, str], ...]:
     """Name and form of each of a deployment's tasks, sorted."""
-    found = (
-        (path.name.removesuffix(suffix), form)
-        for form, suffix in SUFFIXES.items()
-        for path in deployment.glob(f"*{suffix}")
+    return tuple(
+        sorted((name, form) for form, suffix in SUFFIXES.items() for name in _names(deployment, suffix))
     )
-    return tuple(sorted((name, form) for name, form in found if is_name(name)))
 
 
 def find_task(deployment: Path, name: str) -> tuple[str, Path]:
@@ -108,3 +101,14 @@ def require_new(deployment: Path, name: str, form: str, *, replace: bool = False
         path = deployment / f"{name}{suffix}"
         if os.path.lexists(path) and not (replace and held == form):
             raise FileError(f"{path}: the deployment has this task; choose another name or remove it")
+
+
+def _file(deployment: Path, name: str, suffix: str) -> Path:
+    check_name(name)
+    return deployment / f"{name}{suffix}"
+
+
+def _names(deployment: Path, suffix: str) -> tuple[str, ...]:
+    """The names of the tasks whose files end so, sorted."""
+    found = (path.name.removesuffix(suffix) for path in deployment.glob(f"*{suffix}"))
+    return tuple(sorted(filter(is_name, found)))

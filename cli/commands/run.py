@@ -125,9 +125,7 @@ def command(
                                 "text": answer.text,
                                 "tokens": answer.tokens,
                                 "prompt_tokens": len(ids),
-                                "finish_reason": (
-                                    "stop" if answer.stopped or answer.tokens[-1] in stop_tokens else "length"
-                                ),
+                                "finish_reason": answer.finish_reason(stop_tokens),
                             }
                             for answer, ids in zip(answers, prompts, strict=True)
                         ],
