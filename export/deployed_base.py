@@ -17,6 +17,9 @@ from .template import GraphTemplate
 from .weight_check import compare_tensor
 from .write import BoundTensors, refer, stored
 
+NO_DIGEST = "0" * 64
+"""As long as any SHA-256, for where one comes to stand."""
+
 UNDER_WAY = "task"
 """What files under way are named after: whatever a killed process leaves, the next task removes."""
 

@@ -35,7 +35,7 @@ from loracle.files.partial import partial_folder, remove_abandoned
 from loracle.files.sidecar import CONFIG_FILE
 from loracle.reference import ConfigError, FileError
 
-from .deployed_base import UNDER_WAY, Hashing, entry_of
+from .deployed_base import NO_DIGEST, UNDER_WAY, Hashing, entry_of
 from .external import load_graph, parse_graph
 from .genai_config import genai_bytes
 from .linked import base_data, remove_unmentioned
@@ -47,8 +47,6 @@ from .write import BoundTensors, Progress, graph_bytes, lay_out, refer, stored, 
 
 FORMS = ("linked", "swappable")
 """Of tasks that can lie beside such a base."""
-
-_NO_DIGEST = "0" * 64
 
 
 def check_in_place(checkpoint: Checkpoint, out_dir: Path, form: str) -> None:
@@ -117,7 +115,7 @@ def write_base(template: GraphTemplate, checkpoint: Checkpoint, progress: Progre
         return graph_bytes(template)
 
     remove_abandoned(folder / UNDER_WAY)
-    require_space(folder, layout.nbytes + len(content(_NO_DIGEST)))
+    require_space(folder, layout.nbytes + len(content(NO_DIGEST)))
     with reported(folder / GRAPH_FILE), partial_folder(folder / UNDER_WAY) as partial:
         with open(partial / "data", "xb") as file:
             hashing = Hashing(file)

@@ -88,7 +88,7 @@ def merge_task(folder: Path, adapter: Path) -> dict[str, Array]:
         ConfigError: the base's weights are not in float32, or the adapter brings a head or a vocabulary of
             its own.
     """
-    weights = _weights(folder, adapter)
+    weights = _weights(ExportedBase(folder), adapter)
     merged = {}
     for name in weights.merged_names:
         if weights.dtype(name) != np.float32:
@@ -107,14 +107,14 @@ def open_with_inputs(folder: Path, adapters: Iterable[Path], threads: int) -> on
     """
     swappable = folder / SWAPPABLE_FILE
     names = set(swapped_names(load_graph(swappable).graph)) if swappable.is_file() else set()
+    base = ExportedBase(folder)
     for adapter in adapters:
-        names.update(_weights(folder, adapter).merged_names)
+        names.update(_weights(base, adapter).merged_names)
     graph = with_inputs(load_graph(folder / GRAPH_FILE), names)
     return open_graph(bytes(ir.to_proto(graph).SerializeToString()), folder, threads)
 
 
-def _weights(folder: Path, adapter: Path) -> MergedWeights:
-    base = ExportedBase(folder)
+def _weights(base: ExportedBase, adapter: Path) -> MergedWeights:
     weights = MergedWeights(base, read_adapter(adapter))
     if weights.config != base.config:
         raise ConfigError(

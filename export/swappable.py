@@ -31,7 +31,7 @@ from loracle.files.partial import partial_file, remove_abandoned
 from loracle.files.safetensors_file import SafetensorsFile
 from loracle.files.safetensors_writer import safetensors_header
 
-from .deployed_base import UNDER_WAY, Hashing, base_tensor, entry_of, share, split
+from .deployed_base import NO_DIGEST, UNDER_WAY, Hashing, base_tensor, entry_of, share, split
 from .external import load_graph
 from .matching import WeightSource
 from .names import GRAPH_FILE, SWAPPABLE_FILE, TASK_KEY
@@ -43,7 +43,6 @@ from .write import ALIGNMENT, BoundTensors, Progress, lay_out, write_data
 
 SWAPPABLE = "swappable"
 """The form's name."""
-_NO_DIGEST = "0" * 64
 
 
 def write_swappable(
@@ -92,11 +91,11 @@ def write_swappable(
             alignment=ALIGNMENT,
         )
 
-    size = len(header(_NO_DIGEST)) + layout.nbytes
+    size = len(header(NO_DIGEST)) + layout.nbytes
     remove_abandoned(deployment / UNDER_WAY)
     require_space(deployment, size + (deployment / GRAPH_FILE).stat().st_size)
     with reported(path), partial_file(deployment / UNDER_WAY) as (temporary, file):
-        file.write(header(_NO_DIGEST))
+        file.write(header(NO_DIGEST))
         hashing = Hashing(file)
         write_data(hashing, layout, tensors, progress)
         file.seek(0)
