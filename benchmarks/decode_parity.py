@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from loracle.export.truth import Float64Model
+from loracle.export.verification.truth import Float64Model
 from loracle.files import read_adapter
 
 Text = Sequence[int]

@@ -45,7 +45,7 @@ class Judge:
 
 def float64_judge(base: Path, adapter: Path, dtype: np.dtype[Any]) -> Judge:
     """The unmerged model in float64, and the tolerance of numerics, clause 7, for `dtype`."""
-    from loracle.export.truth import Float64Model
+    from loracle.export.verification.truth import Float64Model
 
     (truth,) = Float64Model(base, read_adapter(adapter)).evaluate([PROMPT], dtype)
     return Judge(truth.logits[-1], truth.tolerance)

@@ -113,7 +113,7 @@ def explain(base: Path, adapter: Path, folder: Path, expected: Expected, text: s
     that is as likely as the one chosen but for rounding (numerics, clause 7), and with which the text begins
     as `text` does.
     """
-    from loracle.export.truth import Float64Model
+    from loracle.export.verification.truth import Float64Model
     from loracle.files import read_adapter
 
     truth = Float64Model(base, read_adapter(adapter))

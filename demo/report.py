@@ -13,7 +13,7 @@ from . import charts, figures
 from .settings import Task
 
 if TYPE_CHECKING:
-    from loracle.export.report import Check
+    from loracle.export.verification.report import Check
 
     from .scores import Comparison
     from .speed import DecodeSpeed

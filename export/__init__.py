@@ -15,29 +15,29 @@ if TYPE_CHECKING:
     from .exporter import ExportSummary, export
     from .generation import generate, greedy
     from .growing_session import open_decoder
-    from .report import Check, VerifyReport
     from .sampling import Sampling
     from .seq2seq_session import Seq2SeqSession
     from .session import DecoderSession, open_session
     from .text import TextModel
-    from .verification import verify
+    from .verification.report import Check, VerifyReport
+    from .verification.verify import verify
 
 _HOMES = {
     "Answer": "answers",
-    "Check": "report",
+    "Check": "verification.report",
     "DecoderSession": "session",
     "Deployment": "deployment",
     "ExportSummary": "exporter",
     "Sampling": "sampling",
     "Seq2SeqSession": "seq2seq_session",
     "TextModel": "text",
-    "VerifyReport": "report",
+    "VerifyReport": "verification.report",
     "export": "exporter",
     "generate": "generation",
     "greedy": "generation",
     "open_decoder": "growing_session",
     "open_session": "session",
-    "verify": "verification",
+    "verify": "verification.verify",
 }
 
 __all__ = [

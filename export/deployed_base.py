@@ -14,7 +14,7 @@ from loracle.reference import FileError
 
 from .names import GRAPH_FILE
 from .template import GraphTemplate
-from .weight_check import compare_tensor
+from .verification.weight_check import compare_tensor
 from .write import BoundTensors, refer, stored
 
 NO_DIGEST = "0" * 64

@@ -25,9 +25,9 @@ from .external import load_graph
 from .linked import remove_unmentioned
 from .names import DATA_FILE, GRAPH_FILE
 from .options import noted_options
-from .report import VerifyReport
 from .swappable import drop_inputs
 from .task_names import SUFFIXES, check_name, find_task, find_tasks, require_new
+from .verification.report import VerifyReport
 from .verified import forget, forget_all_but, record_file, verified_of, write_verified
 from .write import Progress
 

@@ -20,7 +20,7 @@ from loracle.files.json_file import read_json_object
 from loracle.reference import FileError
 
 from .json_fields import OBJECT, SHA256, TEXT, Rule, check_fields, is_number, one_of
-from .report import VerifyReport
+from .verification.report import VerifyReport
 
 _SUFFIX = ".verified.json"
 _VERSION = 1

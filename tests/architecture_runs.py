@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from loracle.export import export
 from loracle.export.graphs import graph_files
 from loracle.export.tasks import TASKS
-from loracle.export.truth import Float64Model
+from loracle.export.verification.truth import Float64Model
 from loracle.files import read_adapter
 from loracle.torch_impl import LoraConfig, inject, save_adapter
 

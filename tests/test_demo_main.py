@@ -14,7 +14,7 @@ from loracle.demo.report import TaskReport
 from loracle.demo.scores import Comparison
 from loracle.demo.settings import TRANSLATE
 from loracle.export import Deployment, export
-from loracle.export.report import Check
+from loracle.export.verification.report import Check
 from loracle.reference import FileError
 
 

@@ -18,7 +18,7 @@ from loracle.demo.report import DemoReport, TaskReport, first_examples, render
 from loracle.demo.scores import Comparison
 from loracle.demo.settings import TRANSLATE
 from loracle.demo.speed import DecodeSpeed
-from loracle.export.report import Check
+from loracle.export.verification.report import Check
 
 HOSTILE = '<script>alert("1")</script>&{{7*7}}[bold]'
 VOID = {"meta", "circle", "line", "polyline"}

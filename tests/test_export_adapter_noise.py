@@ -13,9 +13,9 @@ from architectures import feeds
 from torch import nn
 from truth_cases import FLOAT32, Feeds, checkpoints, error_of, loaded, outputs, truth_of
 
-from loracle.export.adapter_noise import as_merged
-from loracle.export.float64_mode import in_float64
-from loracle.export.rounding_noise import RoundingNoise
+from loracle.export.verification.adapter_noise import as_merged
+from loracle.export.verification.float64_mode import in_float64
+from loracle.export.verification.rounding_noise import RoundingNoise
 from loracle.files import Adapter, LoraConfig, LoraPair
 from loracle.reference import unit_roundoff
 from loracle.torch_impl import adapter_of, inject, load_adapter, lora_layers, merge, merge_and_unload

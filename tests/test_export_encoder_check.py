@@ -16,10 +16,10 @@ from export_fixtures import write_tokenizer
 from refusal import refused
 
 from loracle.export import export, verify
-from loracle.export.encoder_check import Compared, _answers_check, _judged
 from loracle.export.encoder_inputs import text_inputs
 from loracle.export.tasks import TASKS
 from loracle.export.texts import Texts, texts_of
+from loracle.export.verification.encoder_check import Compared, _answers_check, _judged
 from loracle.reference import ConfigError, DataError, FileError, ShapeError
 
 TASK = {task.name: task for task in TASKS}

@@ -11,8 +11,8 @@ import torch
 from refusal import refused
 from torch import nn
 
-from loracle.export.float64_mode import in_float64
-from loracle.export.rounding_noise import RoundingNoise, product_of
+from loracle.export.verification.float64_mode import in_float64
+from loracle.export.verification.rounding_noise import RoundingNoise, product_of
 from loracle.reference import TargetError, product_noise, unit_roundoff
 
 FLOAT32 = np.dtype(np.float32)

@@ -15,8 +15,8 @@ from export_fixtures import make_model
 from refusal import refused
 
 from loracle.export import DecoderSession, Sampling, export, generate, greedy, open_session
-from loracle.export.outputs_check import Generated, first_token_difference
-from loracle.export.truth import Float64Model
+from loracle.export.verification.outputs_check import Generated, first_token_difference
+from loracle.export.verification.truth import Float64Model
 from loracle.reference import ConfigError, ShapeError
 
 PROMPTS = ([5, 77, 30, 12, 90, 41, 3], [8], [200, 100, 50, 20], [5, 77, 30, 12, 90, 41, 3])

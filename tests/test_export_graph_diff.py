@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from loracle.export.graph_diff import first_difference
+from loracle.export.verification.graph_diff import first_difference
 
 WEIGHTS = frozenset({"w"})
 

@@ -17,8 +17,8 @@ from safetensors.numpy import load_file, save_file
 from task_fixtures import tiny_bert, write_words_model
 
 from loracle.export import DecoderSession, export, open_session
-from loracle.export.outputs_check import generate_with_logits
-from loracle.export.truth import Float64Model, Truth
+from loracle.export.verification.outputs_check import generate_with_logits
+from loracle.export.verification.truth import Float64Model, Truth
 from loracle.files import read_adapter
 from loracle.reference import LoracleError, TargetError, merge
 

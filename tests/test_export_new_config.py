@@ -22,7 +22,7 @@ from refusal import refused
 from safetensors.numpy import load_file, save_file
 
 from loracle.export import export, verify
-from loracle.export.truth import Float64Model
+from loracle.export.verification.truth import Float64Model
 from loracle.files import read_adapter, write_merged_checkpoint
 from loracle.files.sidecar import TOKENIZER_FILES
 from loracle.reference import ConfigError, ShapeError, TargetError

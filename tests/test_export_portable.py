@@ -22,13 +22,13 @@ from typer.testing import CliRunner
 from loracle.cli.app import app
 from loracle.export import DecoderSession, export, generate, open_decoder, open_session, verify
 from loracle.export.external import load_graph
-from loracle.export.graph_diff import first_difference
 from loracle.export.growing_session import GrowingSession
 from loracle.export.lowering import lower
 from loracle.export.options import GraphOptions, noted_options
 from loracle.export.replicate import trace_replicated
 from loracle.export.trace import trace
-from loracle.export.truth import Float64Model
+from loracle.export.verification.graph_diff import first_difference
+from loracle.export.verification.truth import Float64Model
 from loracle.files import read_adapter
 from loracle.reference import ConfigError, FileError, LoracleError, ShapeError
 

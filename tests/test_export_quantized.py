@@ -23,8 +23,8 @@ from loracle.export import DecoderSession, export, verify
 from loracle.export.block_codes import block_codes
 from loracle.export.graphs import graph_template
 from loracle.export.options import GraphOptions
-from loracle.export.quality import Quality, measure_quality
 from loracle.export.tasks import task_of
+from loracle.export.verification.quality import Quality, measure_quality
 from loracle.export.write import write_models
 from loracle.files import Checkpoint, MergedWeights
 from loracle.reference import ConfigError, NonFiniteError

@@ -16,12 +16,12 @@ from architectures import AUTO, CASES, DECODER, Case, make
 from torch import nn
 
 from loracle.export import export
-from loracle.export.graph_diff import first_difference
 from loracle.export.replicate import replicate, trace_replicated, trace_seq2seq_replicated
 from loracle.export.stack import NotedInt, Stack, find_stacks, keep_layers, layer_paths
 from loracle.export.tasks import TASKS, Task
 from loracle.export.template import GraphTemplate, to_bytes
 from loracle.export.trace import torch_dtype, trace, trace_model, trace_seq2seq
+from loracle.export.verification.graph_diff import first_difference
 from loracle.export.weightless import WeightlessModel, build_weightless
 
 FLOAT32 = np.dtype(np.float32)

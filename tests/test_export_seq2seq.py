@@ -26,7 +26,7 @@ from loracle.export import Seq2SeqSession, export, generate
 from loracle.export.names import DATA_FILE, DECODER_FILE, DECODER_WITH_PAST_FILE, ENCODER_FILE, PAST_LENGTH
 from loracle.export.past_length import let_length_be_told
 from loracle.export.seq2seq_model import Seq2SeqModel, is_seq2seq, open_seq2seq, start_tokens
-from loracle.export.truth import Float64Model
+from loracle.export.verification.truth import Float64Model
 from loracle.export.write import ALIGNMENT
 from loracle.reference import ConfigError, DataError, FileError, ShapeError, TargetError
 

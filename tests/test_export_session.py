@@ -20,7 +20,7 @@ from refusal import refused
 from loracle.export import DecoderSession, export, open_session
 from loracle.export.names import GRAPH_FILE, LOGITS_TO_KEEP
 from loracle.export.session import context_length
-from loracle.export.truth import Float64Model
+from loracle.export.verification.truth import Float64Model
 from loracle.reference import ConfigError, DataError, FileError, ShapeError
 
 CONTEXT = 512

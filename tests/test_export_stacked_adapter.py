@@ -13,7 +13,7 @@ from expert_fixtures import OWN_NAMES, adapter_apart
 from files_fixtures import random_array
 from refusal import refused
 
-from loracle.export.stacked_adapter import with_experts_stacked
+from loracle.export.verification.stacked_adapter import with_experts_stacked
 from loracle.files import Adapter, LoraPair
 from loracle.reference import TargetError, expert_factors_from_peft
 

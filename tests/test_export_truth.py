@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from truth_cases import FLOAT32, TASK, Feeds, checkpoints, error_of, loaded, outputs, truth_of
 
-from loracle.export.float64_mode import in_float64, is_rotary
-from loracle.export.truth import Float64Model
+from loracle.export.verification.float64_mode import in_float64, is_rotary
+from loracle.export.verification.truth import Float64Model
 from loracle.reference import ConfigError
 
 

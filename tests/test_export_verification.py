@@ -12,8 +12,8 @@ import pytest
 from export_fixtures import SHAPE, make_adapter, make_model
 
 from loracle.export import VerifyReport, export, verify
-from loracle.export.outputs_check import Generated, first_token_difference
 from loracle.export.unmerged import export_unmerged
+from loracle.export.verification.outputs_check import Generated, first_token_difference
 from loracle.files import Adapter, LoraPair, read_adapter, write_adapter, write_merged_checkpoint
 from loracle.reference import FileError
 

@@ -13,7 +13,7 @@ from export_fixtures import make_model
 from transformers import AutoModelForCausalLM
 
 from loracle.export import export, verify
-from loracle.export.truth import Float64Model
+from loracle.export.verification.truth import Float64Model
 from loracle.files import read_adapter
 from loracle.torch_impl import FinetuneOptions, finetune
 

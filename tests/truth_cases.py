@@ -13,7 +13,7 @@ from architectures import AUTO, CASES, make
 from torch import nn
 
 from loracle.export.tasks import TASKS
-from loracle.export.truth import Float64Model, Truth
+from loracle.export.verification.truth import Float64Model, Truth
 from loracle.files import Adapter
 
 FLOAT32 = np.dtype(np.float32)

@@ -41,8 +41,8 @@ def command(
 ) -> None:
     """Prove that CANDIDATE is the base model with the adapter merged: its graph, its bits, its answers."""
     with one_line_errors(debug):
-        from loracle.export.task_verification import task_in_path
-        from loracle.export.verification import verify
+        from loracle.export.verification.task_verification import task_in_path
+        from loracle.export.verification.verify import verify
 
         folder, task = task_in_path(candidate, name)
         if record and task is None:

@@ -12,20 +12,20 @@ from loracle.files import Checkpoint, MergedWeights, read_adapter
 from loracle.files.sidecar import CONFIG_FILE
 from loracle.reference import FileError
 
-from .architecture import check_supported
+from ..architecture import check_supported
+from ..deployed_base import split
+from ..graphs import graph_files, graph_templates
+from ..matching import WeightSource
+from ..names import GRAPH_FILE
+from ..template import GraphTemplate
+from ..write import BoundTensors, Progress
 from .candidate import Candidate, is_exported, open_candidate
-from .deployed_base import split
 from .graph_diff import first_difference
-from .graphs import graph_files, graph_templates
-from .matching import WeightSource
-from .names import GRAPH_FILE
 from .outputs import check_outputs
 from .quality import Quality
 from .report import Check, VerifyReport
 from .task_verification import OpenedTask, check_document, constants_again, open_task, task_in_path
-from .template import GraphTemplate
 from .weight_check import TensorDifference, compare_computed, compare_tensors
-from .write import BoundTensors, Progress
 
 _NAMED = 8
 _INPUTS_NAMED = 2

@@ -10,13 +10,13 @@ import numpy as np
 
 from loracle.files import Adapter
 
+from ..names import ATTENTION_MASK, INPUT_IDS
+from ..prompts import padded
+from ..seq2seq_model import open_seq2seq
+from ..seq2seq_session import Seq2SeqSession
+from ..tasks import Task
 from .candidate import Candidate
-from .names import ATTENTION_MASK, INPUT_IDS
 from .outputs_check import Generated, OutputsResult, judged
-from .prompts import padded
-from .seq2seq_model import open_seq2seq
-from .seq2seq_session import Seq2SeqSession
-from .tasks import Task
 
 _DECODER_INPUT_IDS = "decoder_input_ids"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .matching import WeightSource
-from .write import BoundTensors, Progress
+from ..matching import WeightSource
+from ..write import BoundTensors, Progress
 
 _BLOCK_BYTES = 16 << 20
 

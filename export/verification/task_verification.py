@@ -15,14 +15,14 @@ from loracle.files import Adapter
 from loracle.files.safetensors_file import LENGTH_BYTES, SafetensorsFile
 from loracle.reference import ConfigError, FileError
 
+from ..deployed_tasks import DeployedTask, deployed_task
+from ..linked import LINKED
+from ..names import GRAPH_FILE, GRAPH_SUFFIX, SWAPPABLE_FILE, TASK_SUFFIX
+from ..swappable import SWAPPABLE, swapped_names
+from ..task_document import task_document
+from ..task_names import is_name
 from .candidate import Candidate, open_candidate
-from .deployed_tasks import DeployedTask, deployed_task
-from .linked import LINKED
-from .names import GRAPH_FILE, GRAPH_SUFFIX, SWAPPABLE_FILE, TASK_SUFFIX
 from .report import Check
-from .swappable import SWAPPABLE, swapped_names
-from .task_document import task_document
-from .task_names import is_name
 
 _BLOCK_BYTES = 1 << 20
 

@@ -11,13 +11,13 @@ import numpy as np
 
 from loracle.files import Adapter
 
+from ..generation import greedy
+from ..growing_session import open_decoder
+from ..loaded_task import load_task
+from ..session import DecoderSession, open_session
 from .candidate import Candidate
-from .generation import greedy
-from .growing_session import open_decoder
-from .loaded_task import load_task
 from .quality import Quality, measure_quality
 from .report import Check
-from .session import DecoderSession, open_session
 
 if TYPE_CHECKING:
     from .truth import Truth

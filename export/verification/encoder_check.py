@@ -13,14 +13,14 @@ import onnxruntime
 from loracle.files import Adapter
 from loracle.reference import FileError
 
+from ..encoder_inputs import image_inputs, text_inputs
+from ..names import ATTENTION_MASK, INPUT_IDS, LAST_HIDDEN_STATE, PIXEL_VALUES, TOKEN_TYPE_IDS
+from ..session import open_session
+from ..tasks import Task
+from ..texts import Texts
 from .candidate import Candidate
-from .encoder_inputs import image_inputs, text_inputs
-from .names import ATTENTION_MASK, INPUT_IDS, LAST_HIDDEN_STATE, PIXEL_VALUES, TOKEN_TYPE_IDS
 from .outputs_check import OutputsResult, measured
 from .report import Check
-from .session import open_session
-from .tasks import Task
-from .texts import Texts
 
 Array = np.ndarray[Any, Any]
 

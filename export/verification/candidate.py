@@ -12,9 +12,9 @@ import onnx_ir as ir
 
 from loracle.reference import FileError
 
-from .external import load_graph
-from .names import GRAPH_FILE, GRAPH_SUFFIX
-from .options import GraphOptions, noted_options
+from ..external import load_graph
+from ..names import GRAPH_FILE, GRAPH_SUFFIX
+from ..options import GraphOptions, noted_options
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ from loracle.reference import ConfigError, unit_roundoff
 from loracle.torch_impl.adapter_io import load_adapter
 from loracle.torch_impl.loading import quiet_transformers
 
+from ..tasks import TASKS, Task
 from .adapter_noise import as_merged
 from .float64_mode import in_float64
 from .rounding_noise import RoundingNoise
 from .stacked_adapter import with_experts_stacked
-from .tasks import TASKS, Task
 
 #: The tolerance is this many times the largest deviation sampled: the maximum of a few draws lies below the
 #: maximum over all draws, and roundings outside the matrix products are not sampled. It can be small, for

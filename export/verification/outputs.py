@@ -9,14 +9,14 @@ from typing import Any
 
 from loracle.files import Adapter
 
+from ..names import PIXEL_VALUES, TOKEN_TYPE_IDS
+from ..tasks import Task
+from ..texts import Texts, texts_of
 from .candidate import Candidate
 from .encoder_check import check_encoder
-from .names import PIXEL_VALUES, TOKEN_TYPE_IDS
 from .outputs_check import OutputsResult
 from .outputs_check import check_outputs as check_decoder
 from .seq2seq_check import check_seq2seq
-from .tasks import Task
-from .texts import Texts, texts_of
 
 
 def check_outputs(
