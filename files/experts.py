@@ -20,7 +20,7 @@ from .architectures import Experts
 from .base_tensors import BaseTensors
 from .lora_pair import LoraPair
 from .parameters import name_parameters
-from .updates import Update, convert
+from .updates import Update, conversion_bound, convert
 
 _OF_EXPERT = re.compile(r"(?P<module>.+\.experts)\.(?P<expert>\d+)\.(?P<part>[^.]+)")
 _OTHER = "is this adapter for another model?"
@@ -154,3 +154,20 @@ class OwnUpdates:
                     else update.rows(matrix[rows], 0, target, threads, own)
                 )
         return merged
+
+    def bound(
+        self, base: NDArray[Any], start: int, precision: np.dtype[Any], target: np.dtype[Any]
+    ) -> NDArray[np.float64]:
+        """See `Update`."""
+        bounds = np.empty(base.shape)
+        height = base.shape[1] // self.parts
+        for place, matrix in enumerate(base):
+            for part in range(self.parts):
+                rows = slice(part * height, (part + 1) * height)
+                update = self.updates.get((start + place, part))
+                bounds[place, rows] = (
+                    conversion_bound(matrix[rows], precision, target)
+                    if update is None
+                    else update.bound(matrix[rows], 0, precision, target)
+                )
+        return bounds

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -10,9 +11,11 @@ from loracle.reference import (
     DTypeError,
     LowRank,
     NonFiniteError,
+    dora_merge_bound,
     expert_factors_from_peft,
     merge_adapters,
     merge_bias,
+    merge_bound,
     merge_convolution,
     merge_dora,
     merge_experts,
@@ -22,6 +25,7 @@ from loracle.reference import (
 from .lora_pair import FLOATS, LoraPair
 
 Array = NDArray[Any]
+Bound = NDArray[np.float64]
 
 BLOCK_BYTES = 16 * 2**20
 """Bytes of float64 that the conversion of one tensor works on at a time."""
@@ -34,6 +38,14 @@ class Update(Protocol):
         """Return what ``base``, the base's rows from ``start`` on, become, rounded once to ``target``."""
         ...
 
+    def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+        """Return a bound on the distance of a merge that rounds after every operation, of the shape of
+        ``base``: evaluated in ``precision``, and rounded to ``target`` at the end.
+
+        Raises ConfigError where there is none.
+        """
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Linear:
@@ -43,13 +55,21 @@ class Linear:
     turned: bool = False
 
     def rows(self, base: Array, start: int, target: np.dtype[Any], threads: int | None, label: str) -> Array:
-        stop = start + len(base)
-        pair = self.pair
-        A, B = (pair.A[:, start:stop], pair.B) if self.turned else (pair.A, pair.B[start:stop])
-        adapters = [LowRank(A, B, pair.scaling)]
+        adapters = [self._own(start, start + len(base))]
         return merge_adapters(
             base, adapters, fan_in_fan_out=self.turned, dtype=target, threads=threads, name=label
         )
+
+    def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+        """See `Update`."""
+        W0 = base.T if self.turned else base
+        bound = merge_bound(W0, [self._own(start, start + len(base))], precision, dtype=target)
+        return bound.T if self.turned else bound
+
+    def _own(self, start: int, stop: int) -> LowRank:
+        pair = self.pair
+        A, B = (pair.A[:, start:stop], pair.B) if self.turned else (pair.A, pair.B[start:stop])
+        return LowRank(A, B, pair.scaling)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +82,12 @@ class Convolution:
         adapters = [LowRank(self.pair.A, self.pair.B[start : start + len(base)], self.pair.scaling)]
         return merge_convolution(base, adapters, dtype=target, threads=threads, name=label)
 
+    def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+        """See `Update`."""
+        A, B = as_matrices(self.pair, slice(start, start + len(base)))
+        adapters = [LowRank(A, B, self.pair.scaling)]
+        return merge_bound(_matrix(base), adapters, precision, dtype=target).reshape(base.shape)
+
 
 @dataclass(frozen=True, eq=False)
 class Dora:
@@ -72,10 +98,11 @@ class Dora:
     def rows(self, base: Array, start: int, target: np.dtype[Any], threads: int | None, label: str) -> Array:
         pair, own = self.pair, slice(start, start + len(base))
         assert pair.magnitude is not None, label
+        A, B = as_matrices(pair, own)
         merged = merge_dora(
-            base.reshape(len(base), -1),
-            pair.A.reshape(len(pair.A), -1),
-            pair.B.reshape(len(pair.B), -1)[own],
+            _matrix(base),
+            A,
+            B,
             pair.scaling,
             pair.magnitude.reshape(-1)[own],
             dtype=target,
@@ -83,6 +110,17 @@ class Dora:
             name=label,
         )
         return merged.reshape(base.shape)
+
+    def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+        """See `Update`."""
+        pair, own = self.pair, slice(start, start + len(base))
+        assert pair.magnitude is not None
+        A, B = as_matrices(pair, own)
+        adapter = LowRank(A, B, pair.scaling)
+        magnitude = pair.magnitude.reshape(-1)[own]
+        return dora_merge_bound(_matrix(base), adapter, magnitude, precision, dtype=target).reshape(
+            base.shape
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +139,17 @@ class Stacked:
             base, adapters, fan_in_fan_out=self.turned, dtype=target, threads=threads, name=label
         )
 
+    def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+        """See `Update`."""
+        A, B = expert_factors_from_peft(self.pair.A, self.pair.B, self.experts)
+        bounds = np.empty(base.shape)
+        for place, matrix in enumerate(base):
+            expert = start + place
+            W0 = matrix.T if self.turned else matrix
+            own = merge_bound(W0, [LowRank(A[expert], B[expert], self.pair.scaling)], precision, dtype=target)
+            bounds[place] = own.T if self.turned else own
+        return bounds
+
 
 @dataclass(frozen=True, eq=False)
 class Bias:
@@ -113,6 +162,13 @@ class Bias:
         own = LowRank(self.pair.A, self.pair.B, self.pair.scaling, bias=self.pair.bias)
         adapter = replace(own, bias=self.pair.bias[start : start + len(base)])
         return merge_bias(base, [adapter], dtype=target, name=label)
+
+    def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+        """See `Update`."""
+        assert self.pair.bias is not None
+        B = self.pair.bias[start : start + len(base), None]
+        adapter = LowRank(np.ones((1, 1), B.dtype), B, self.pair.scaling)
+        return merge_bound(base[:, None], [adapter], precision, dtype=target)[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,6 +185,30 @@ class TokenRows:
         for row, place in own:
             merged[place] = convert(self.values[row], target, f"{label}, row {start + place}")
         return merged
+
+    def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+        """See `Update`: nothing is computed, but rows may be converted by way of ``precision``."""
+        exact = self.rows(base, start, np.dtype(np.float64), None, "rows")
+        return conversion_bound(exact, precision, target)
+
+
+def conversion_bound(exact: Array, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
+    """Return how far numbers move that are rounded to ``precision`` and then to ``target``."""
+    size = np.abs(exact.astype(np.float64))
+    bound: Bound = np.zeros(size.shape)
+    for dtype in (precision, target):
+        info = ml_dtypes.finfo(dtype)
+        bound += float(info.eps) / 2 * (size + bound) + float(info.smallest_subnormal)
+    return bound
+
+
+def as_matrices(pair: LoraPair, rows: slice) -> tuple[Array, Array]:
+    """Return A (r, in) and the rows of B (out, r), each kernel's taps in one row of A."""
+    return pair.A.reshape(len(pair.A), -1), pair.B.reshape(len(pair.B), -1)[rows]
+
+
+def _matrix(base: Array) -> Array:
+    return base.reshape(len(base), -1)
 
 
 def convert(base: Array, target: np.dtype[Any], label: str) -> Array:

@@ -145,6 +145,10 @@ class MergedWeights:
         """Return ``tensor(name, dtype)[start:stop]`` without computing the rest; the same bits."""
         return self._compute(name, start, stop, dtype)
 
+    def update(self, name: str) -> Update | None:
+        """Return what the adapter does to `start(name)`; None where that stays as it is."""
+        return self._updates.get(name)
+
     def _compute(self, name: str, start: int, stop: int | None, dtype: DTypeLike | None) -> NDArray[Any]:
         target = self.dtype(name) if dtype is None else np.dtype(dtype)
         whole = self.start(name)

@@ -24,7 +24,7 @@ from .bounds import (
 from .convolution import convolution_backward, convolution_delta_factors, convolution_forward
 from .convolution_bounds import convolution_backward_bound, convolution_forward_bound
 from .dora import DoraGradients, dora_backward, dora_forward, dora_magnitude_start, dora_norm
-from .dora_bounds import dora_backward_bound, dora_forward_bound, dora_norm_bound
+from .dora_bounds import dora_backward_bound, dora_forward_bound, dora_merge_bound, dora_norm_bound
 from .dora_merge import merge_dora, merge_dora_exact
 from .embedding import embedding_backward, embedding_forward
 from .embedding_bounds import embedding_backward_bound, embedding_forward_bound
@@ -182,6 +182,7 @@ __all__ = [
     "dora_forward",
     "dora_forward_bound",
     "dora_magnitude_start",
+    "dora_merge_bound",
     "dora_norm",
     "dora_norm_bound",
     "effective_rank",
