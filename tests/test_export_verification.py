@@ -14,6 +14,7 @@ from export_fixtures import SHAPE, make_adapter, make_model
 from loracle.export import VerifyReport, export, verify
 from loracle.export.unmerged import export_unmerged
 from loracle.export.verification.outputs_check import Generated, first_token_difference
+from loracle.export.verification.verdict import Verdict
 from loracle.files import Adapter, LoraPair, read_adapter, write_adapter, write_merged_checkpoint
 from loracle.reference import FileError
 
@@ -91,7 +92,12 @@ def test_one_flipped_bit_is_found_and_its_tensor_named(made: Path, tmp_path: Pat
         data.write(bytes([byte ^ 1]))
     report = _verify(made, candidate)
     assert _verdicts(report) == [True, False, True, True]
-    assert report.checks[BITS].failures[0].startswith(f"{name}: 1 of ")
+    (failure,) = report.checks[BITS].failures
+    assert failure.startswith(f"{name}: ")
+    assert "1 of " in failure
+    (said,) = (own for own in report.weights if not own.passed)
+    assert (said.name, said.unequal) == (name, 1)
+    assert said.verdict is (Verdict.WITHIN_ULPS if "v_proj" in name else Verdict.CHANGED)
 
 
 def test_an_export_with_another_adapter_fails_and_names_the_tensors(made: Path, tmp_path: Path) -> None:

@@ -31,6 +31,8 @@ from .verdict import Verdict, WeightVerdict, Witness
 
 Array = NDArray[Any]
 
+_NOT_MERGED = "it is the base's, bit for bit: the adapter was not merged into it"
+
 SAMPLE_ENTRIES = 1 << 20
 _SAMPLE_BLOCKS = 4
 _EXPLAINED = 0.9
@@ -128,7 +130,7 @@ class Judge:
             detail = f"{compared.not_finite} entries are NaN or infinite"
             return replace(wrong, verdict=Verdict.NOT_FINITE, detail=detail)
         if compared.is_base and weight.merged:
-            return replace(wrong, verdict=Verdict.MISSING, detail="it is the base's, bit for bit")
+            return replace(wrong, verdict=Verdict.MISSING, detail=_NOT_MERGED)
         sample = _sample(weight, held)
         twice = _rounded_twice(sample)
         if twice is not None:

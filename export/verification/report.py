@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .quality import Quality
+from .verdict import WeightVerdict
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class VerifyReport:
     Attributes:
         error: the largest of an output, where it is held to `tolerance`.
         quality: what was measured instead, where the candidate is quantised.
+        weights: the verdict on each.
         sha256: of the data of the task, where the candidate is one, see `TaskDocument.sha256`.
     """
 
@@ -37,6 +39,7 @@ class VerifyReport:
     tolerance: float | None = None
     quality: Quality | None = None
     sha256: str | None = None
+    weights: tuple[WeightVerdict, ...] = ()
 
     @property
     def passed(self) -> bool:

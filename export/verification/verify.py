@@ -2,33 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from loracle.files import Checkpoint, MergedWeights, read_adapter
+from loracle.files import Adapter, Checkpoint, MergedWeights, read_adapter
 from loracle.files.sidecar import CONFIG_FILE
 from loracle.reference import FileError
 
 from ..architecture import check_supported
-from ..deployed_base import split
 from ..graphs import graph_files, graph_templates
-from ..matching import WeightSource
 from ..names import GRAPH_FILE
-from ..template import GraphTemplate
-from ..write import BoundTensors, Progress
+from ..write import Progress
 from .candidate import Candidate, is_exported, open_candidate
-from .graph_diff import first_difference
+from .checkpoint_candidate import judge_checkpoint
+from .exported_candidate import check_graphs, judge_initializers
+from .judge import Judge
 from .outputs import check_outputs
-from .quality import Quality
+from .outputs_check import OutputsResult
 from .report import Check, VerifyReport
-from .task_verification import OpenedTask, check_document, constants_again, open_task, task_in_path
-from .weight_check import TensorDifference, compare_computed, compare_tensors
+from .task_verification import OpenedTask, check_document, open_task, task_in_path
+from .verdict import WeightVerdict
+from .weights_check import weights_check
 
-_NAMED = 8
-_INPUTS_NAMED = 2
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a candidate is held against, and how."""
+
+    model_dir: Path
+    adapter_dir: Path | None
+    adapter: Adapter | None
+    weights: MergedWeights
+    prompts: Sequence[str] | None
+    new_tokens: int
+    exact: bool | None
+    trusted: bool
+    progress: Progress | None
+
+
+_NO_OUTPUTS = OutputsResult((), None, None)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What was found."""
+
+    checks: tuple[Check, ...]
+    weights: tuple[WeightVerdict, ...]
+    outputs: OutputsResult = _NO_OUTPUTS
+    sha256: str | None = None
 
 
 def verify(
@@ -39,6 +62,7 @@ def verify(
     name: str | None = None,
     prompts: Sequence[str] | None = None,
     new_tokens: int = 16,
+    exact: bool | None = None,
     trust_remote_code: bool = False,
     progress: Progress | None = None,
 ) -> VerifyReport:
@@ -63,6 +87,8 @@ def verify(
         name: of a task in the folder; None for its base, or where `candidate_dir` is a task's file.
         prompts: what outputs are compared on; None for our own, or without a tokenizer seeded tokens.
         new_tokens: how many tokens a model with a cache writes after each.
+        exact: whether only the correctly rounded merge passes, or every merge whose roundings are inside
+            their bound. None: what `loracle export` has made must be correctly rounded.
         trust_remote_code: whether modelling code of the model's own may run, from `model_dir` alone.
         progress: called with (tensors compared, tensors in all).
 
@@ -73,52 +99,74 @@ def verify(
     opened = None if name is None else open_task(folder, name)
     with Checkpoint(model_dir) as checkpoint:
         adapter = None if adapter_dir is None else read_adapter(adapter_dir)
-        weights = MergedWeights(checkpoint, adapter)
-        error: float | None = None
-        tolerance: float | None = None
-        quality: Quality | None = None
-        sha256: str | None = None
+        asked = _Asked(
+            Path(model_dir),
+            None if adapter_dir is None else Path(adapter_dir),
+            adapter,
+            MergedWeights(checkpoint, adapter),
+            prompts,
+            new_tokens,
+            exact,
+            trust_remote_code,
+            progress,
+        )
         if opened is not None or is_exported(folder):
-            config = weights.config
-            task = check_supported(config, str(Path(model_dir) / CONFIG_FILE), trusted=trust_remote_code)
-            trusted = bool(config.get("auto_map"))
-            candidate = _candidate(folder, opened, graph_files(task))
-            templates = graph_templates(checkpoint, config, task, candidate.options, trusted=trusted)
-            checks = [
-                _check_graphs(candidate, templates),
-                _check_initializers(
-                    candidate, templates, weights, progress, None if opened is None else opened.brought
-                ),
-            ]
-            if opened is not None and adapter is not None and adapter_dir is not None:
-                checks.append(check_document(opened.task, adapter, adapter_dir))
-                sha256 = None if opened.task.document is None else opened.task.document.sha256
-            outputs = check_outputs(
-                task,
-                candidate,
-                model_dir,
-                adapter,
-                config,
-                prompts,
-                new_tokens=new_tokens,
-                trusted=trusted,
-            )
-            checks += outputs.checks
-            error, tolerance, quality = outputs.error, outputs.tolerance, outputs.quality
+            found = _exported(folder, opened, checkpoint, asked)
         elif any(folder.glob("*.safetensors")):
-            checks = _check_checkpoint(folder, weights, progress)
+            found = _checkpoint(folder, asked)
         else:
             raise FileError(f"{folder}: expected {GRAPH_FILE} or a checkpoint in safetensors, found neither")
     return VerifyReport(
         str(candidate_dir if opened is None else opened.task.files[0]),
         str(model_dir),
         None if adapter_dir is None else str(adapter_dir),
-        tuple(checks),
-        error,
-        tolerance,
-        quality,
-        sha256,
+        found.checks,
+        found.outputs.error,
+        found.outputs.tolerance,
+        found.outputs.quality,
+        found.sha256,
+        found.weights,
     )
+
+
+def _exported(folder: Path, opened: OpenedTask | None, checkpoint: Checkpoint, asked: _Asked) -> _Found:
+    weights, adapter = asked.weights, asked.adapter
+    task = check_supported(weights.config, str(asked.model_dir / CONFIG_FILE), trusted=asked.trusted)
+    trusted = bool(weights.config.get("auto_map"))
+    candidate = _candidate(folder, opened, graph_files(task))
+    templates = graph_templates(checkpoint, weights.config, task, candidate.options, trusted=trusted)
+    own = judge_initializers(
+        candidate,
+        templates,
+        weights,
+        exact=asked.exact is not False,
+        brought=None if opened is None else opened.brought,
+        progress=asked.progress,
+    )
+    checks = [check_graphs(candidate, templates), own.check]
+    sha256 = None
+    if opened is not None and adapter is not None and asked.adapter_dir is not None:
+        checks.append(check_document(opened.task, adapter, asked.adapter_dir))
+        sha256 = None if opened.task.document is None else opened.task.document.sha256
+    outputs = check_outputs(
+        task,
+        candidate,
+        asked.model_dir,
+        adapter,
+        weights.config,
+        asked.prompts,
+        new_tokens=asked.new_tokens,
+        trusted=trusted,
+    )
+    return _Found((*checks, *outputs.checks), own.weights, outputs, sha256)
+
+
+def _checkpoint(folder: Path, asked: _Asked) -> _Found:
+    exact = bool(asked.exact)
+    with Checkpoint(folder) as candidate:
+        judge = Judge(asked.weights, exact=exact)
+        verdicts = judge_checkpoint(candidate, asked.weights, judge, asked.progress)
+    return _Found((weights_check(verdicts, exact=exact),), verdicts)
 
 
 def _candidate(folder: Path, opened: OpenedTask | None, files: Sequence[str]) -> Candidate:
@@ -129,114 +177,3 @@ def _candidate(folder: Path, opened: OpenedTask | None, files: Sequence[str]) ->
             f"{opened.task.files[0]}: expected the folder of a model with several graphs, got one of them"
         )
     return opened.candidate
-
-
-def _check_graphs(candidate: Candidate, templates: Mapping[str, GraphTemplate]) -> Check:
-    failures = []
-    inputs: list[str] = []
-    for file, template in templates.items():
-        if candidate.weights:
-            inputs += constants_again(candidate.models[file].graph, template.unbound)
-        difference = first_difference(candidate.models[file], template.model, template.unbound)
-        if difference is not None:
-            failures.append(difference if len(templates) == 1 else f"{file}: {difference}")
-    nodes = sum(len(list(model.graph)) for model in candidate.models.values())
-    figure = f"{nodes} nodes"
-    if inputs:
-        more = f" and {len(inputs) - _INPUTS_NAMED} more" if len(inputs) > _INPUTS_NAMED else ""
-        figure += f"; {len(inputs)} weights are inputs too: {', '.join(inputs[:_INPUTS_NAMED])}{more}"
-    return Check("graph is the base model's, node for node", not failures, figure, tuple(failures))
-
-
-def _check_initializers(
-    candidate: Candidate,
-    templates: Mapping[str, GraphTemplate],
-    weights: MergedWeights,
-    progress: Progress | None,
-    brought: frozenset[str] | None,
-) -> Check:
-    """`brought`: the tensors in a swappable task's file, which must be those that the adapter changes."""
-    tensors = BoundTensors(list(templates.values()), weights)
-    failures: list[str] = []
-    if brought is not None:
-        own = {str(value.name) for value in split(templates[GRAPH_FILE], tensors)[0]}
-        failures += [f"{name}: expected in the task's file, found none" for name in sorted(own - brought)]
-        failures += [f"{name}: the adapter leaves it alone" for name in sorted(brought - own)]
-    held: dict[str, np.ndarray[Any, Any]] = {}
-    for file, template in templates.items():
-        for name in sorted(template.unbound):
-            if not candidate.is_shared(file, name):
-                failures.append(f"{file}: {name}: expected the tensor of the other graphs, got another")
-            tensor = candidate.tensor(name)
-            expected = template.shape(name)
-            value = template.model.graph.initializers[name]
-            dtype = template.dtype if value.dtype is None else value.dtype.numpy()
-            if tensor is None:
-                failures.append(f"{name}: expected among the initializers, found none")
-            elif tensor.shape != expected or tensor.dtype != dtype:
-                failures.append(f"{name}: expected {expected} {dtype}, got {tensor.shape} {tensor.dtype}")
-            else:
-                held.update(tensors.parts(name, tensor))
-    computed = [name for name in held if name not in tensors.found]
-    differences = compare_computed(tensors, {name: held[name] for name in computed}, progress)
-    differences += compare_tensors(
-        held.__getitem__,
-        [(weight, tensors.found[weight]) for weight in tensors.found if weight in held],
-        tensors.source,
-        frozenset(tensors.source.merged_names),
-        candidate.options.numpy_dtype,
-        tensors.source.base_tensor,
-        progress,
-    )
-    name = "initializers are the correctly rounded merge"
-    if candidate.options.quantization is not None:
-        name += f", quantised to {candidate.options.quantization}"
-    return _bits_check(name, tensors.found, tensors.source, failures, differences)
-
-
-def _check_checkpoint(folder: Path, weights: MergedWeights, progress: Progress | None) -> list[Check]:
-    with Checkpoint(folder) as candidate:
-        want, got = set(weights.names), set(candidate.names)
-        failures = [f"{name}: expected in the checkpoint, found none" for name in sorted(want - got)]
-        failures += [f"{name}: not in the merged model" for name in sorted(got - want)]
-        common = []
-        for name in sorted(want & got):
-            if candidate.shape(name) != weights.shape(name) or candidate.dtype(name) != weights.dtype(name):
-                failures.append(
-                    f"{name}: expected {weights.shape(name)} {weights.dtype(name)}, "
-                    f"got {candidate.shape(name)} {candidate.dtype(name)}"
-                )
-            else:
-                common.append((name, name))
-        differences = compare_tensors(
-            candidate.tensor,
-            common,
-            weights,
-            frozenset(weights.merged_names),
-            None,
-            weights.base_tensor,
-            progress,
-        )
-        return [
-            _bits_check(
-                "checkpoint's tensors are the correctly rounded merge", want, weights, failures, differences
-            )
-        ]
-
-
-def _bits_check(
-    name: str,
-    tensors: Collection[str],
-    weights: WeightSource,
-    failures: list[str],
-    differences: Sequence[TensorDifference],
-) -> Check:
-    lines = failures + [str(difference) for difference in differences]
-    if len(lines) > _NAMED:
-        lines = [*lines[:_NAMED], f"and {len(lines) - _NAMED} more tensors"]
-    return Check(
-        name,
-        not lines,
-        f"{len(tensors)} tensors, {len(weights.merged_names)} merged, bit for bit",
-        tuple(lines),
-    )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ..matching import WeightSource
 from ..write import BoundTensors, Progress
+from .ulps import bits
 
 _BLOCK_BYTES = 16 << 20
 
@@ -34,10 +34,6 @@ class TensorDifference:
         )
 
 
-def _bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    return np.ascontiguousarray(array).reshape(-1).view(np.dtype(f"u{array.dtype.itemsize}"))
-
-
 def compare_tensor(
     name: str,
     got: np.ndarray[Any, Any],
@@ -46,7 +42,7 @@ def compare_tensor(
 ) -> TensorDifference | None:
     """None where the bits agree. `base`, for a merged tensor, gives the tensor without the adapter, or None
     where the base has none: a candidate equal to it says that nothing was merged."""
-    ours, theirs = _bits(got), _bits(expected)
+    ours, theirs = bits(got), bits(expected)
     step = _BLOCK_BYTES // ours.dtype.itemsize
     entries, first = 0, -1
     for start in range(0, ours.size, step):
@@ -60,43 +56,11 @@ def compare_tensor(
     index = tuple(int(i) for i in np.unravel_index(first, expected.shape))
     note = ""
     without = None if base is None else base()
-    if without is not None and np.array_equal(ours, _bits(without)):
-        note = "; the tensor equals the base model's: the adapter was not merged into it"
+    if without is not None and np.array_equal(ours, bits(without)):
+        note = "; it is the base's, bit for bit: the adapter was not merged into it"
     return TensorDifference(
         name, entries, expected.size, index, float(expected[index]), float(got[index]), note
     )
-
-
-def compare_tensors(
-    candidate: Callable[[str], np.ndarray[Any, Any]],
-    names: Iterable[tuple[str, str]],
-    source: WeightSource,
-    merged: frozenset[str],
-    dtype: np.dtype[Any] | None,
-    base: Callable[[str, np.dtype[Any] | None], np.ndarray[Any, Any] | None],
-    progress: Progress | None = None,
-) -> list[TensorDifference]:
-    """Compare tensor after tensor, holding one at a time.
-
-    Args:
-        candidate: name in the candidate -> its tensor.
-        names: (name in the candidate, name in the checkpoint).
-        source: the merged weights.
-        merged: the checkpoint names that the adapter touches.
-        dtype: the candidate's dtype; None for each tensor's own.
-        base: (name in the checkpoint, dtype) -> the tensor without the adapter, None where there is none.
-    """
-    pairs = list(names)
-    found = []
-    for done, (name, held) in enumerate(pairs, 1):
-        without = (lambda held=held: base(held, dtype)) if held in merged else None
-        difference = compare_tensor(name, candidate(name), source.tensor(held, dtype), without)
-        if difference is not None:
-            found.append(difference)
-        source.release(held)
-        if progress is not None:
-            progress(done, len(pairs))
-    return found
 
 
 def compare_computed(

@@ -1,0 +1,71 @@
+"""Whether the tensors of somebody's checkpoint are the merge, under whatever of a model's names they have."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from loracle.files import Checkpoint, MergedWeights
+from loracle.files.architectures import architecture_of
+from loracle.files.checkpoint import is_module
+from loracle.files.tensor_names import TensorNames
+from loracle.files.ties import EMBEDDINGS
+from loracle.files.updates import same_bits
+
+from ..write import Progress
+from .judge import Judge
+from .verdict import Verdict, WeightVerdict
+
+
+def judge_checkpoint(
+    candidate: Checkpoint, weights: MergedWeights, judge: Judge, progress: Progress | None = None
+) -> tuple[WeightVerdict, ...]:
+    """The verdict on each weight of the model, in the order of its names, and on each tensor that is none.
+
+    A tensor is found by its name, with or without the prefix of the model's body. Where input and output
+    embeddings are one tensor, the candidate may hold it once or twice.
+    """
+    architecture = architecture_of(weights.config)
+    names = TensorNames(candidate.names, architecture)
+    said: list[WeightVerdict] = []
+    seen: set[str] = set()
+    for done, name in enumerate(weights.names, 1):
+        held = names.find(name)
+        if held is None:
+            said.append(_absent(name, candidate, weights))
+            continue
+        seen.add(held)
+        place = "" if held == name else held
+        said.append(judge.judge(name, candidate.tensor(held), place))
+        candidate.release(held)
+        weights.release(name)
+        if progress is not None:
+            progress(done, len(weights.names))
+    extra = (name for name in candidate.names if name not in seen)
+    return (*said, *(_added(name, candidate, weights) for name in extra))
+
+
+def _tied_to(name: str, names: Sequence[str], tied: bool) -> str | None:
+    """The embedding among `names` that one called `name` shares its tensor with."""
+    if not tied or not is_module(name, EMBEDDINGS):
+        return None
+    return next((other for other in names if other != name and is_module(other, EMBEDDINGS)), None)
+
+
+def _absent(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightVerdict:
+    twin = _tied_to(name, candidate.names, weights.checkpoint.tied)
+    if twin is not None:
+        return WeightVerdict(name, Verdict.UNTOUCHED, True, twin, detail=f"it is tied to {twin}")
+    return WeightVerdict(name, Verdict.ABSENT, False, detail="expected in the checkpoint, found none")
+
+
+def _added(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightVerdict:
+    twin = _tied_to(name, [other for other in candidate.names if other != name], weights.checkpoint.tied)
+    size = candidate.tensor(name).size
+    if twin is not None:
+        if same_bits(candidate.tensor(name), candidate.tensor(twin)):
+            return WeightVerdict(name, Verdict.UNTOUCHED, True, entries=size, detail=f"the bits of {twin}")
+        detail = f"config.json ties it to {twin}, but the two differ"
+        return WeightVerdict(name, Verdict.TIE_BROKEN, False, entries=size, detail=detail)
+    of_adapter = "lora_" in name or ".base_layer." in name
+    detail = "an adapter's: it is beside the weights, not merged" if of_adapter else "not in the merged model"
+    return WeightVerdict(name, Verdict.ADDED, False, entries=size, detail=detail)
