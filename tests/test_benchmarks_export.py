@@ -269,6 +269,7 @@ def test_the_large_model_is_loracles_alone_unless_more_is_asked_for() -> None:
     assert export.ways_of(MODELS[LARGE], [BUILDER, CACHED]) == (CACHED, BUILDER)
 
 
+@pytest.mark.slow
 def test_the_result_file(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -151,6 +151,7 @@ def test_the_data_on_the_page_is_read(tmp_path: Path) -> None:
 
 # One test, not one for each claim: under pytest-xdist each worker would run the page anew.
 @pytest.mark.model
+@pytest.mark.slow
 def test_the_page_runs_and_does_what_it_says(users_cache: Path, tmp_path: Path) -> None:
     environment = {
         **os.environ,

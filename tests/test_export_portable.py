@@ -249,7 +249,8 @@ def test_float16_norms_and_softmax_are_computed_in_float32(base: Path, tmp_path:
     assert np.abs(logits - right.logits).max() <= right.tolerance
 
 
-@pytest.mark.parametrize("name", ["llama", pytest.param("gptj", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["llama", "gptj"])
+@pytest.mark.slow
 def test_a_deep_graph_from_a_few_layers_is_that_of_tracing_them_all(name: str, tmp_path: Path) -> None:
     """Catches a node before the layers, or a part of a norm, that reads a layer other than its own."""
     values = CASES[name].config().to_dict()
@@ -394,6 +395,7 @@ def test_the_commands_have_the_options(base: Path, folder: Path, tmp_path: Path)
     assert (code, len(json.loads(out)["answers"][0]["tokens"])) == (0, 3)
 
 
+@pytest.mark.slow
 def test_code_of_the_models_own_runs_where_it_is_trusted(tmp_path: Path) -> None:
     base = make_damped(tmp_path / "base")
     source = base / "config.json"

@@ -37,8 +37,10 @@ COUNTS = (
 )
 MIXED = ["sliding_attention", "sliding_attention", "full_attention"] * 2
 OWN: dict[str, dict[str, Any]] = {"gemma3": {"num_hidden_layers": 6, "layer_types": MIXED}}
-EVERY_RUN = ["llama", "gemma3", "gpt2", "bert", "mixtral"]
+EVERY_RUN = ["llama", "gpt2", "bert"]
 THOROUGH = [
+    "gemma3",
+    "mixtral",
     "mistral",
     "qwen2",
     "qwen3",

@@ -178,6 +178,7 @@ def test_an_error_of_one_is_an_error_of_all(
     assert not (folder / name).exists()
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_in_the_same_bytes(folder: Path) -> None:
     assert launch(folder, "resumed", kill_at=5) == [-signal.SIGKILL, -signal.SIGKILL]
     assert [path.name for path in (folder / "resumed.checkpoints").glob("checkpoint-*")] == ["checkpoint-3"]

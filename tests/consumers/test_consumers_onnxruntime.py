@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from consumer_fixtures import NEW_TOKENS, PROMPTS, ROOT, Exports, our_tokens, task_tokens
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parent / "plain_onnxruntime.py"
 
 
