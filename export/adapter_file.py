@@ -61,6 +61,7 @@ class AdapterFile:
         except (OSError, ValueError) as error:
             raise FileError(f"{path}: cannot be read ({error}); check the file") from None
         self.document = self._read_document()
+        self._named = 0
         try:
             self.tensors: dict[str, Array] = self._read_tensors()
         except (struct.error, IndexError, ValueError, OverflowError) as error:
@@ -101,6 +102,9 @@ class AdapterFile:
         if name_at is None or sizes_at is None or type_at is None or data_at is None:
             raise self._malformed("a parameter without a name, sizes, a type or bytes")
         start, length = self._vector(name_at, 1)
+        self._named += length
+        if self._named > len(self._bytes):  # names that lie on one another would take more than the file
+            raise self._malformed("more names than bytes")
         name = self._bytes[start : start + length].decode()
         start, rank = self._vector(sizes_at, 8)
         shape = tuple(self._integer("<q", start + 8 * axis) for axis in range(rank))

@@ -86,7 +86,7 @@ def answer_texts(
             f"with optimum.onnxruntime.{_RUNNERS[head.name]}"
         )
     text = TextModel(folder)
-    encodings = [text.tokenizer.encode(prompt) for prompt in prompts]
+    encodings = [text.encoding(prompt) for prompt in prompts]
     for number, encoding in enumerate(encodings, 1):
         if not encoding.ids:
             raise DataError(f"prompt {number}: expected some text, got no token")

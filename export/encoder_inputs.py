@@ -6,7 +6,6 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from loracle.reference import ShapeError
 
@@ -17,7 +16,7 @@ Feeds = dict[str, np.ndarray[Any, Any]]
 
 _POSITIONS = ("max_position_embeddings", "n_positions")
 # These count positions from the number of the padding token on.
-_FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text")
+FROM_PADDING = ("roberta", "xlm-roberta", "camembert", "mpnet", "xlm-roberta-xl", "data2vec-text")
 _IMAGES = 2
 _SEED = 0
 
@@ -33,7 +32,7 @@ def text_inputs(texts: Texts, names: Collection[str], config: Mapping[str, Any])
     Raises:
         ShapeError: a text has more tokens than the model has positions.
     """
-    limit = _positions(config)
+    limit = positions_of(config)
     for number, tokens in enumerate(texts.tokens, 1):
         if limit is not None and len(tokens) > limit:
             raise ShapeError(
@@ -63,23 +62,24 @@ def _batch(texts: Texts, rows: Sequence[int], padding: int, names: Collection[st
     return {name: array for name, array in feeds.items() if name in names}
 
 
-def _positions(config: Mapping[str, Any]) -> int | None:
+def positions_of(config: Mapping[str, Any]) -> int | None:
     """Return how many tokens a text may have; None where nothing says it."""
     found = [config[key] for key in _POSITIONS if type(config.get(key)) is int]
     if not found:
         return None
     padding = config.get("pad_token_id")
-    if config.get("model_type") in _FROM_PADDING and isinstance(padding, int):
+    if config.get("model_type") in FROM_PADDING and isinstance(padding, int):
         return int(found[0]) - padding - 1
     return int(found[0])
 
 
-def image_inputs(entry: onnxruntime.NodeArg, dtype: np.dtype[Any]) -> Feeds:
+def image_inputs(shape: Sequence[int], dtype: np.dtype[Any], images: int = _IMAGES) -> Feeds:
     """Images whose pixels are drawn from a standard normal distribution.
 
     Args:
-        entry: the graph's input: (batch, channels, height, width).
+        shape: of one: (channels, height, width).
         dtype: of the pixels.
+        images: how many.
     """
-    pixels = np.random.default_rng(_SEED).standard_normal((_IMAGES, *entry.shape[1:]))
+    pixels = np.random.default_rng(_SEED).standard_normal((images, *shape))
     return {PIXEL_VALUES: pixels.astype(dtype)}

@@ -10,7 +10,6 @@ import numpy as np
 from loracle.reference import ConfigError
 
 from .sampling import Sampler, Sampling
-from .session import DecoderSession
 
 _GREEDY = Sampling()
 
@@ -31,8 +30,18 @@ class BatchSession(Protocol):
         """Go on with these rows alone."""
 
 
+class OneText(Protocol):
+    """One text that tokens are appended to: `DecoderSession` of one row."""
+
+    def reset(self) -> None:
+        """Forget the text."""
+
+    def step(self, ids: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Append tokens; return the logits (n, vocabulary) of each."""
+
+
 def greedy(
-    session: DecoderSession, prompt: Sequence[int], max_new_tokens: int, stop: frozenset[int] = frozenset()
+    session: OneText, prompt: Sequence[int], max_new_tokens: int, stop: frozenset[int] = frozenset()
 ) -> Iterator[tuple[int, np.ndarray[Any, Any]]]:
     """The most likely token after `prompt`, then after that, and so on.
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from loracle.files.json_file import parse_json_object
 from loracle.reference import ConfigError, FileError
 
 from .block_codes import code_bits
@@ -74,11 +75,11 @@ def noted_options(model: ir.Model, source: str) -> GraphOptions:
             f"{source}: expected {OPTIONS_KEY} in its metadata, found none; make it with `loracle export`"
         )
     try:
-        values = json.loads(told)
-        if not isinstance(values, dict) or values.keys() != {field.name for field in fields(GraphOptions)}:
+        values = parse_json_object(told.encode(), OPTIONS_KEY)
+        if values.keys() != {field.name for field in fields(GraphOptions)}:
             raise ValueError("other options")
         options = GraphOptions(**values)
-    except (ValueError, TypeError, ConfigError) as error:
+    except (ValueError, TypeError, ConfigError, FileError) as error:
         raise FileError(
             f"{source}: {OPTIONS_KEY}: expected the options of a graph, got {told[:80]!r}"
         ) from error

@@ -5,7 +5,6 @@ Needs onnxruntime and NumPy alone.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import numpy as np
 import onnxruntime
 from onnxruntime.capi import onnxruntime_pybind11_state
 
-from loracle.files.json_file import read_json_object
+from loracle.files.json_file import parse_json_object, read_json_object
 from loracle.reference import ConfigError, FileError, ShapeError
 
 from .mapped_pages import release_mapped
@@ -139,10 +138,10 @@ def grows(session: onnxruntime.InferenceSession) -> bool:
     if told is None:
         return False
     try:
-        options = json.loads(told)
-    except ValueError as error:
+        options = parse_json_object(told.encode(), OPTIONS_KEY)
+    except FileError as error:
         raise FileError(f"{OPTIONS_KEY}: expected the options of a graph, got {told[:80]!r}") from error
-    return isinstance(options, dict) and options.get("portable") is True
+    return options.get("portable") is True
 
 
 class DecoderSession:

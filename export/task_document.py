@@ -95,9 +95,14 @@ def task_document(form: str, adapter: Adapter, adapter_dir: str | Path) -> dict[
         "lora_alpha": adapter.config.lora_alpha,
         "use_rslora": adapter.config.use_rslora,
         "use_dora": adapter.config.use_dora,
-        "target_modules": sorted({_module_name(path) for path in adapter.pairs}),
+        "target_modules": target_names(adapter),
         "adapter_sha256": digest,
     }
+
+
+def target_names(adapter: Adapter) -> list[str]:
+    """The last names of the paths that an adapter has pairs for, sorted and distinct."""
+    return sorted({_module_name(path) for path in adapter.pairs})
 
 
 def parse_document(text: str, source: str) -> TaskDocument:

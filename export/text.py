@@ -13,16 +13,30 @@ from pathlib import Path
 from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import Tokenizer
+from tokenizers import Encoding
 
-from loracle.files.json_file import read_json_object
+from loracle.files.config_checks import short
+from loracle.files.json_file import MAX_BYTES, read_json_object, read_regular_file
 from loracle.reference import ConfigError, FileError
 
 from .names import GENAI_FILE, model_folder
 from .streaming import AnswerText, StopFilter
+from .tokenizer_file import read_tokenizer, tokenizer_errors
 
 # Files that name the end tokens, and the section where they do.
 _END_TOKENS = (("generation_config.json", None), (GENAI_FILE, "model"), ("config.json", None))
+
+# What a template raises that is no template for these messages; it is a program, in a sandbox.
+_REFUSALS = (
+    TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 class TextModel:
@@ -35,21 +49,15 @@ class TextModel:
 
     def __init__(self, folder: str | Path) -> None:
         folder = model_folder(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise FileError(f"{path}: expected a fast tokenizer's file, found none")
-        self.tokenizer = Tokenizer.from_file(str(path))
+        self._path = folder / "tokenizer.json"
+        self.tokenizer = read_tokenizer(self._path)
         # Some files ask for a fixed length, which transformers does not heed either.
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
         config_path = folder / "tokenizer_config.json"
         self._config = read_json_object(config_path) if config_path.is_file() else {}
         template_path = folder / "chat_template.jinja"
-        template = (
-            template_path.read_text(encoding="utf-8")
-            if template_path.is_file()
-            else self._config.get("chat_template")
-        )
+        template = _read_text(template_path) if template_path.is_file() else self._config.get("chat_template")
         self._template: str | None = template if isinstance(template, str) else None
         self.stop = _stop_tokens(folder)
 
@@ -79,7 +87,7 @@ class TextModel:
         environment.globals["raise_exception"] = raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         special = {
-            key: value["content"] if isinstance(value, dict) else value
+            key: value.get("content") if isinstance(value, dict) else value
             for key, value in self._config.items()
             if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value is not None
         }
@@ -87,11 +95,17 @@ class TextModel:
             return environment.from_string(self._template).render(
                 messages=list(messages), add_generation_prompt=True, **special
             )
-        except TemplateError as error:
+        except _REFUSALS as error:
             raise ConfigError(f"chat template: it refuses the messages: {error}") from error
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        with tokenizer_errors(self._path):
+            return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def encoding(self, text: str, pair: str | None = None) -> Encoding:
+        """The tokens of a text, or of a pair, with their segments. Raises FileError: the tokenizer fails."""
+        with tokenizer_errors(self._path):
+            return self.tokenizer.encode(text, pair)
 
     def encode_prompt(self, prompt: str, *, system: str | None = None, raw: bool = False) -> list[int]:
         """Tokens of `prompt` as a user's turn, or as it stands where `raw` or there is no template."""
@@ -104,7 +118,8 @@ class TextModel:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids` without special tokens."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        with tokenizer_errors(self._path):
+            return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def answer(self, stops: Sequence[str] = ()) -> AnswerText:
         """An empty answer that `stops` end; see `stop_rules`."""
@@ -132,6 +147,13 @@ class TextModel:
         return self.stop | {special[stop] for stop in stops if stop in special}, strings
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return read_regular_file(path, MAX_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileError(f"{path}: expected text in UTF-8, got other bytes ({error.reason})") from None
+
+
 def _stop_tokens(folder: Path) -> frozenset[int]:
     """The end tokens, from the first file that names any.
 
@@ -147,6 +169,6 @@ def _stop_tokens(folder: Path) -> frozenset[int]:
             continue
         tokens = found if isinstance(found, list) else [found]
         if not all(type(token) is int and token >= 0 for token in tokens):
-            raise FileError(f"{path}: eos_token_id: expected a token or a list of tokens, got {found!r}")
+            raise FileError(f"{path}: eos_token_id: expected a token or a list of tokens, got {short(found)}")
         return frozenset(tokens)
     return frozenset()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from loracle.files.config_checks import short
 from loracle.reference import ConfigError, DataError
 
 from .text import TextModel
@@ -21,6 +22,7 @@ PROMPTS = (
 
 _LENGTHS = (7, 12, 9)
 _SEED = 0
+_MOST_TOKENS = 10_000_000  # far above any vocabulary
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ def texts_of(
     """
     if prompts is None and not (folder / "tokenizer.json").is_file():
         return _drawn(folder, config, pairs=pairs)
-    tokenizer = TextModel(folder).tokenizer
+    text = TextModel(folder)
     own = PROMPTS if prompts is None else tuple(prompts)
     found = [
-        tokenizer.encode(prompt, own[(number + 1) % len(own)] if pairs else None)
+        text.encoding(prompt, own[(number + 1) % len(own)] if pairs else None)
         for number, prompt in enumerate(own)
     ]
     for number, encoding in enumerate(found, 1):
@@ -75,6 +77,8 @@ def _drawn(folder: Path, config: Mapping[str, Any], *, pairs: bool) -> Texts:
             f"{folder}: expected tokenizer.json, or vocab_size in config.json to draw tokens from, got "
             "neither; put the model's tokenizer beside it"
         )
+    if size > _MOST_TOKENS:
+        raise ConfigError(f"{folder}: vocab_size: expected at most {_MOST_TOKENS}, got {short(size)}")
     special = {value for key, value in config.items() if key.endswith("_token_id") and type(value) is int}
     plain = np.array([token for token in range(size) if token not in special] or [0])
     rng = np.random.default_rng(_SEED)

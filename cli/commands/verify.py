@@ -35,6 +35,22 @@ def command(
     prompts: Annotated[
         Path | None, typer.Option("--prompts", help="Text file with a prompt a line, instead of our own.")
     ] = None,
+    exact: Annotated[
+        bool | None,
+        typer.Option(
+            "--exact/--rounded",
+            help="Whether only the correctly rounded merge passes, or every merge whose roundings are inside "
+            "their bound. By default what loracle has exported must be correctly rounded.",
+        ),
+    ] = None,
+    outputs: Annotated[
+        bool | None,
+        typer.Option(
+            "--outputs/--no-outputs",
+            help="Whether an ONNX model's answers are compared with the unmerged model's in float64. By "
+            "default where that fits into memory.",
+        ),
+    ] = None,
     trust_remote_code: TrustRemoteCode = False,
     as_json: Json = False,
     debug: Debug = False,
@@ -55,6 +71,8 @@ def command(
                 adapter,
                 name=name,
                 prompts=lines,
+                exact=exact,
+                outputs=outputs,
                 trust_remote_code=trust_remote_code,
                 progress=advance,
             )
@@ -68,6 +86,8 @@ def command(
             table = Table("check", "", "figure", title=report.candidate, title_justify="left")
             for check in report.checks:
                 mark = "[green]pass[/green]" if check.passed else "[red]FAIL[/red]"
+                if not check.asked:
+                    mark = "[yellow]skip[/yellow]"
                 table.add_row(check.name, mark, check.figure)
             Console().print(table)
             if report.quality is not None:

@@ -59,6 +59,12 @@ class Candidate:
         array: np.ndarray[Any, Any] = value.const_value.numpy()
         return array
 
+    def release(self, name: str) -> None:
+        """Let go of the mapped pages of an initializer's tensor; arrays handed out must not be used again."""
+        value = self.initializer(name)
+        if value is not None and isinstance(value.const_value, ir.ExternalTensor):
+            value.const_value.release()
+
 
 def is_exported(path: Path) -> bool:
     """Whether `path` is an exported folder, or one graph of a deployment with several tasks."""

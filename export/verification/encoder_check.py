@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -13,7 +13,7 @@ import onnxruntime
 from loracle.files import Adapter
 from loracle.reference import FileError
 
-from ..encoder_inputs import image_inputs, text_inputs
+from ..encoder_inputs import Feeds, image_inputs, text_inputs
 from ..names import ATTENTION_MASK, INPUT_IDS, LAST_HIDDEN_STATE, PIXEL_VALUES, TOKEN_TYPE_IDS
 from ..session import open_session
 from ..tasks import Task
@@ -21,6 +21,9 @@ from ..texts import Texts
 from .candidate import Candidate
 from .outputs_check import OutputsResult, measured
 from .report import Check
+
+if TYPE_CHECKING:
+    from .truth import Float64Model
 
 Array = np.ndarray[Any, Any]
 
@@ -60,22 +63,48 @@ def check_encoder(
     _check_interface(session, task, candidate.graph)
     entries = {entry.name: entry for entry in session.get_inputs()}
     if texts is None:
-        batches = [image_inputs(entries[PIXEL_VALUES], candidate.options.numpy_dtype)]
+        batches = [image_inputs(entries[PIXEL_VALUES].shape[1:], candidate.options.numpy_dtype)]
     else:
         batches = text_inputs(texts, frozenset(entries), config)
     names = list(task.outputs)
     answers = [session.run(names, {**feeds, **candidate.weights}) for feeds in batches]
     del session
-    model = Float64Model(model_dir, adapter, task, config, trusted=trusted)
+    return judge_answers(
+        task,
+        batches,
+        answers,
+        Float64Model(model_dir, adapter, task, config, trusted=trusted),
+        candidate.options.numpy_dtype,
+        quantised=candidate.options.quantization is not None,
+    )
+
+
+def judge_answers(
+    task: Task,
+    batches: Sequence[Feeds],
+    answers: Sequence[Sequence[Array]],
+    model: Float64Model,
+    dtype: np.dtype[Any],
+    *,
+    quantised: bool,
+) -> OutputsResult:
+    """Compare what was answered to each batch with its truth; of a quantised model, measure how far apart
+    they are.
+
+    Args:
+        batches: inputs, by the names that the model's forward has for them.
+        answers: to each of them the task's outputs.
+        dtype: in which the candidate is stored.
+    """
     compared = []
     for feeds, got in zip(batches, answers, strict=True):
-        truths = model.evaluate_feeds(feeds, candidate.options.numpy_dtype)
+        truths = model.evaluate_feeds(feeds, dtype)
         mask = feeds.get(ATTENTION_MASK)
-        for name, own in zip(names, got, strict=True):
+        for name, own in zip(task.outputs, got, strict=True):
             truth = truths[name]
             counted = None if mask is None or task.pooled else mask.astype(bool)
             compared.append(Compared(own, truth.logits, truth.tolerance, counted))
-    if candidate.options.quantization is not None:
+    if quantised:
         return measured(_counted(task, compared), task.outputs != (LAST_HIDDEN_STATE,))
     return _judged(task, compared)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,17 +75,28 @@ def judge_initializers(
         own = {str(value.name) for value in split(templates[GRAPH_FILE], tensors)[0]}
         failures += [f"{name}: expected in the task's file, found none" for name in sorted(own - brought)]
         failures += [f"{name}: the adapter leaves it alone" for name in sorted(brought - own)]
-    held = _held(candidate, templates, tensors, failures)
-    computed = {name: array for name, array in held.items() if name not in tensors.found}
+    sound = _sound(candidate, templates, tensors, failures)
+    computed = {
+        name: held
+        for initializer in sound
+        for name, held in _parts(initializer, candidate, tensors)
+        if name not in tensors.found
+    }
     differences = compare_computed(tensors, computed, progress)
+    del computed
     judge = Judge(weights, exact=exact)
-    said = []
-    own_names = [name for name in tensors.found if name in held]
-    for done, name in enumerate(own_names, 1):
-        said.append(_judged(name, held[name], candidate.options.numpy_dtype, tensors, weights, judge))
-        tensors.source.release(tensors.found[name])
+    said: list[WeightVerdict] = []
+    dtype = candidate.options.numpy_dtype
+    for done, initializer in enumerate(sound, 1):
+        said += [
+            _judged(name, held, dtype, tensors, weights, judge)
+            for name, held in _parts(initializer, candidate, tensors)
+            if name in tensors.found
+        ]
+        tensors.release(initializer)
+        candidate.release(initializer)
         if progress is not None:
-            progress(done, len(own_names))
+            progress(done, len(sound))
     title = "initializers are the correctly rounded merge" if exact else "initializers are the merge"
     if candidate.options.quantization is not None:
         title += f", quantised to {candidate.options.quantization}"
@@ -97,14 +108,14 @@ def judge_initializers(
     return Initializers(Check(title, not lines, figure, tuple(lines)), tuple(said))
 
 
-def _held(
+def _sound(
     candidate: Candidate,
     templates: Mapping[str, GraphTemplate],
     tensors: BoundTensors,
     failures: list[str],
-) -> dict[str, Array]:
-    """The candidate's arrays of weights, and of what is computed of them; `failures` gets what is missing."""
-    held: dict[str, Array] = {}
+) -> list[str]:
+    """The initializers that are there in their shape and dtype; `failures` gets the others."""
+    sound: dict[str, None] = {}
     for file, template in templates.items():
         for name in sorted(template.unbound):
             if not candidate.is_shared(file, name):
@@ -118,8 +129,15 @@ def _held(
             elif tensor.shape != expected or tensor.dtype != dtype:
                 failures.append(f"{name}: expected {expected} {dtype}, got {tensor.shape} {tensor.dtype}")
             else:
-                held.update(tensors.parts(name, tensor))
-    return held
+                sound[name] = None
+    return list(sound)
+
+
+def _parts(initializer: str, candidate: Candidate, tensors: BoundTensors) -> Iterable[tuple[str, Array]]:
+    """The weights in an initializer, and their arrays; itself where it is computed of several."""
+    tensor = candidate.tensor(initializer)
+    assert tensor is not None
+    return tensors.parts(initializer, tensor).items()
 
 
 def _judged(

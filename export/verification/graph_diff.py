@@ -38,7 +38,7 @@ def first_difference(candidate: ir.Model, expected: ir.Model, weights: frozenset
     return (
         _interface_difference(candidate.graph, expected.graph)
         or _initializer_difference(candidate.graph, expected.graph, weights)
-        or _node_difference(candidate.graph, expected.graph)
+        or node_difference(candidate.graph, expected.graph, _ends(expected.graph))
     )
 
 
@@ -75,8 +75,18 @@ def _initializer_difference(candidate: ir.Graph, expected: ir.Graph, weights: fr
     return None
 
 
-def _node_difference(candidate: ir.Graph, expected: ir.Graph) -> str | None:
-    outside = {str(v.name) for v in (*expected.inputs, *expected.initializers.values(), *expected.outputs)}
+def _ends(graph: ir.Graph) -> frozenset[str]:
+    values = (*graph.inputs, *graph.initializers.values(), *graph.outputs)
+    return frozenset(str(value.name) for value in values)
+
+
+def node_difference(
+    candidate: ir.Graph | ir.Function, expected: ir.Graph | ir.Function, outside: frozenset[str]
+) -> str | None:
+    """None where the nodes are the same in order: operators, attributes and wiring; else where they part.
+
+    Names of values may differ, but for those of `outside`.
+    """
     renamed: dict[str, str] = {}  # the candidate's name of a value -> the expected graph's
 
     def pair(left: ir.Value | None, right: ir.Value | None) -> bool:

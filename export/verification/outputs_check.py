@@ -11,10 +11,10 @@ import numpy as np
 
 from loracle.files import Adapter
 
-from ..generation import greedy
+from ..generation import OneText, greedy
 from ..growing_session import open_decoder
 from ..loaded_task import load_task
-from ..session import DecoderSession, open_session
+from ..session import open_session
 from .candidate import Candidate
 from .quality import Quality, measure_quality
 from .report import Check
@@ -66,7 +66,7 @@ class Generated:
     logits: np.ndarray[Any, Any]
 
 
-def generate_with_logits(session: DecoderSession, prompt: Sequence[int], new_tokens: int) -> Generated:
+def generate_with_logits(session: OneText, prompt: Sequence[int], new_tokens: int) -> Generated:
     """Greedy tokens after `prompt`, through prefill and then one cached step a token."""
     tokens, rows = [], []
     for token, logits in greedy(session, prompt, new_tokens):

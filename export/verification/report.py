@@ -4,20 +4,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .digests import InputDigest
 from .quality import Quality
 from .verdict import WeightVerdict
+
+if TYPE_CHECKING:
+    from .graph_summary import GraphSummary
+    from .task_metric import TaskMetric
 
 
 @dataclass(frozen=True)
 class Check:
-    """One question and its answer: `figure` is what was measured, `failures` name what is wrong."""
+    """One question and its answer.
+
+    Attributes:
+        passed: whether nothing is wrong, as far as it was asked.
+        figure: what was measured; why not, where it was not asked.
+        failures: what is wrong.
+        asked: whether the question was asked.
+    """
 
     name: str
     passed: bool
     figure: str
     failures: tuple[str, ...] = ()
+    asked: bool = True
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,9 @@ class VerifyReport:
         quality: what was measured instead, where the candidate is quantised.
         weights: the verdict on each.
         sha256: of the data of the task, where the candidate is one, see `TaskDocument.sha256`.
+        graph: what was found in the graph, where there is one.
+        metric: what the models are worth on the user's data, where there are any.
+        inputs: the digests of the files, where they were asked for.
     """
 
     candidate: str
@@ -40,23 +56,33 @@ class VerifyReport:
     quality: Quality | None = None
     sha256: str | None = None
     weights: tuple[WeightVerdict, ...] = ()
+    graph: GraphSummary | None = None
+    metric: TaskMetric | None = None
+    inputs: tuple[InputDigest, ...] = ()
 
     @property
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        """A plain object for `--json`: format version, inputs, checks, verdict."""
+        """What a certificate holds of it, but for the verdicts on the weights and the digests."""
         return {
-            "format": 1,
             "candidate": self.candidate,
             "model": self.model,
             "adapter": self.adapter,
             "passed": self.passed,
             "logits": {"largest_error": _number(self.error), "tolerance": _number(self.tolerance)},
             "quality": None if self.quality is None else self.quality.to_json(),
+            "metric": None if self.metric is None else self.metric.to_json(),
+            "graph": None if self.graph is None else self.graph.to_json(),
             "checks": [
-                {"name": c.name, "passed": c.passed, "figure": c.figure, "failures": list(c.failures)}
+                {
+                    "name": c.name,
+                    "passed": c.passed,
+                    "asked": c.asked,
+                    "figure": c.figure,
+                    "failures": list(c.failures),
+                }
                 for c in self.checks
             ],
         }

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from loracle.files import Adapter
 from loracle.files.checkpoint import is_module
@@ -43,6 +43,8 @@ FACTOR = 2.0
 SAMPLES = 4
 
 _CAUSAL = next(task for task in TASKS if task.name == "text-generation")
+
+Watching = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,12 @@ class Float64Model:
         model.config.use_cache = False
         self._model: Any = model
         self._task = task
+
+    @property
+    def module(self) -> nn.Module:
+        """The transformers model, with the adapter beside its weights."""
+        model: nn.Module = self._model
+        return model
 
     def evaluate(
         self,
@@ -164,19 +172,40 @@ class Float64Model:
         """Return each output of the task, and the largest deviation of each of its entries."""
         if samples < 1:
             raise ConfigError(f"samples: expected at least 1, got {samples}")
-        stored = unit_roundoff(dtype)
-        accumulated = min(stored, unit_roundoff(np.float32))
-        inputs = {name: _tensor(array) for name, array in feeds.items()}
-        exact = self._outputs(inputs, None)
+        draws = self.draws(feeds, dtype, samples=samples, seed=seed)
+        exact = next(draws)
         spreads = [torch.zeros_like(output) for output in exact]
-        for sample in range(samples):
-            noise = RoundingNoise(stored, accumulated, seed + sample)
-            for spread, output, noisy in zip(spreads, exact, self._outputs(inputs, noise), strict=True):
+        for draw in draws:
+            for spread, output, noisy in zip(spreads, exact, draw, strict=True):
                 torch.maximum(spread, (noisy - output).abs_(), out=spread)
         return list(zip(exact, spreads, strict=True))
 
-    def _outputs(self, inputs: Mapping[str, Tensor], noise: RoundingNoise | None) -> list[Tensor]:
-        with in_float64(self._model, noise) as mode, as_merged(self._model, mode):
+    def draws(
+        self,
+        feeds: Mapping[str, NDArray[Any]],
+        dtype: np.dtype[Any],
+        *,
+        samples: int = SAMPLES,
+        seed: int = 0,
+        watching: Watching | None = None,
+    ) -> Iterator[list[Tensor]]:
+        """Yield the task's outputs: exact, and then with each of `samples` draws of rounding; see
+        `evaluate_feeds`.
+
+        Args:
+            watching: makes what each of these evaluations stands in, for hooks on the modules of `module`.
+        """
+        stored = unit_roundoff(dtype)
+        accumulated = min(stored, unit_roundoff(np.float32))
+        inputs = {name: _tensor(array) for name, array in feeds.items()}
+        for sample in range(-1, samples):
+            noise = None if sample < 0 else RoundingNoise(stored, accumulated, seed + sample)
+            yield self._outputs(inputs, noise, watching or nullcontext)
+
+    def _outputs(
+        self, inputs: Mapping[str, Tensor], noise: RoundingNoise | None, watching: Watching
+    ) -> list[Tensor]:
+        with in_float64(self._model, noise) as mode, as_merged(self._model, mode), watching():
             answer = self._model(**inputs)
         return [answer[name] for name in self._task.outputs]
 

@@ -1,0 +1,95 @@
+"""Whether the weights of anybody's ONNX graph are the merge, whatever they are called and however they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+
+from loracle.files import MergedWeights
+from loracle.files.checkpoint import is_module
+from loracle.files.ties import EMBEDDINGS
+from loracle.reference import FileError
+
+from ..external import parse_graph
+from ..names import GRAPH_FILE, GRAPH_SUFFIX
+from ..options import OPTIONS_KEY
+from ..write import Progress
+from .graph_tensors import HeldTensor, held_tensors
+from .judge import Judge
+from .verdict import Verdict, WeightVerdict
+from .weight_matching import Match, Matches, match_weights
+
+
+def foreign_graph(path: Path) -> Path | None:
+    """The graph of a folder, or the graph `path` itself, where `loracle export` has not made it.
+
+    Raises FileError where there are several, none of which has the name of one that is the model.
+    """
+    graphs = [path] if path.suffix == GRAPH_SUFFIX else sorted(path.glob(f"*{GRAPH_SUFFIX}"))
+    if any(OPTIONS_KEY in parse_graph(graph).metadata_props for graph in graphs):
+        return None
+    named = [graph for graph in graphs if graph.name == GRAPH_FILE] or graphs
+    if len(named) != 1:
+        raise FileError(
+            f"{path}: expected one graph, or {GRAPH_FILE}, got {', '.join(graph.name for graph in graphs)}; "
+            "give the file of one"
+        )
+    return named[0]
+
+
+def judge_foreign(
+    graph: ir.Graph, matches: Matches, weights: MergedWeights, judge: Judge, progress: Progress | None = None
+) -> tuple[WeightVerdict, ...]:
+    """The verdict on each weight of the model, in the order of its names.
+
+    A weight that lies in several places has the verdict of the worst of them; the places of a tied pair that
+    differ break it. A weight in codes is not judged, the graph's answers are.
+    """
+    held = held_tensors(graph)
+    said = []
+    for done, name in enumerate(weights.names, 1):
+        places = matches.found.get(name, ())
+        own = [_judged(name, match, held, judge) for match in places]
+        if own:
+            said.append(_worst(own, places, tied=_is_tied(name, weights)))
+        elif name in matches.quantized:
+            detail = "in codes: what the graph answers is measured"
+            said.append(WeightVerdict(name, Verdict.QUANTIZED, True, detail=detail))
+        else:
+            said.append(_missing(name, matches, weights))
+        weights.release(name)
+        if progress is not None:
+            progress(done, len(weights.names))
+    return tuple(said)
+
+
+def _judged(name: str, match: Match, held: Mapping[str, HeldTensor], judge: Judge) -> WeightVerdict:
+    tensor = held[match.initializer]
+    place = "" if str(match) == name else f"{match}, {match.how}"
+    return tensor.read(lambda array: judge.judge(name, match.view(array), place))
+
+
+def _worst(own: list[WeightVerdict], places: tuple[Match, ...], *, tied: bool) -> WeightVerdict:
+    worst = min(own, key=lambda said: (said.passed, -said.unequal))
+    if len(own) == 1:
+        return worst
+    listed = "; ".join(said.place or said.name for said in own)
+    if tied and len({said.unequal for said in own}) > 1:
+        detail = f"config.json makes one tensor of {listed}, but they differ: {worst.verdict}, {worst.detail}"
+        return replace(worst, verdict=Verdict.TIE_BROKEN, passed=False, place=listed, detail=detail)
+    return replace(worst, place=listed)
+
+
+def _is_tied(name: str, weights: MergedWeights) -> bool:
+    return weights.checkpoint.tied and is_module(name, EMBEDDINGS)
+
+
+def _missing(name: str, matches: Matches, weights: MergedWeights) -> WeightVerdict:
+    if _is_tied(name, weights):
+        for twin in weights.names:
+            if twin in matches.found and is_module(twin, EMBEDDINGS):
+                return WeightVerdict(name, Verdict.UNTOUCHED, True, twin, detail=f"it is tied to {twin}")
+    return WeightVerdict(name, Verdict.ABSENT, False, detail="expected in the graph, found none like it")
