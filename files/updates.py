@@ -66,6 +66,12 @@ class Linear:
         bound = merge_bound(W0, [self._own(start, start + len(base))], precision, dtype=target)
         return bound.T if self.turned else bound
 
+    def wide(self, base: Array, start: int) -> Array:
+        """Return what ``base`` becomes in plain float64, not rounded once: for a look at what is wrong."""
+        own = self._own(start, start + len(base))
+        delta = own.scaling * (own.B.astype(np.float64) @ own.A.astype(np.float64))
+        return base.astype(np.float64) + (delta.T if self.turned else delta)
+
     def _own(self, start: int, stop: int) -> LowRank:
         pair = self.pair
         A, B = (pair.A[:, start:stop], pair.B) if self.turned else (pair.A, pair.B[start:stop])

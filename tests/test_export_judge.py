@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from loracle.export.verification.comparison import EntriesApart, least_bound
 from loracle.export.verification.judge import Judge
+from loracle.export.verification.one_weight import weight_of
 from loracle.export.verification.verdict import Verdict
 from loracle.files import Adapter, Checkpoint, LoraConfig, MergedWeights
 from loracle.reference import round_to
@@ -307,3 +309,19 @@ def test_mistakes_that_come_to_the_same_are_all_named(tmp_path: Path) -> None:
     said = judge.judge(f"{Q0}.weight", case.added(2.0 * (B.astype(np.float64) @ A)))
     assert said.verdict is Verdict.TWICE
     assert "alpha / sqrt(r)" in said.detail
+
+
+@pytest.mark.parametrize("r", [1, 5, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_quick_bound_is_below_the_derived_one(dtype: np.dtype[Any], r: int, tmp_path: Path) -> None:
+    write_model(tmp_path / "base", [{f"{Q0}.weight": round_to(gaussian((24, 32), 1, 0.05), dtype)}])
+    config = LoraConfig(r=r, lora_alpha=3, target_modules=("q_proj",))
+    factors = gaussian((r, 32), 2, 0.3), gaussian((24, r), 3, 0.3)
+    weights = MergedWeights(Checkpoint(tmp_path / "base"), Adapter.from_arrays(config, {Q0: factors}))
+    weight = weight_of(weights, f"{Q0}.weight")
+    want = weight.rows(0, 24, dtype).reshape(-1)
+    block = EntriesApart(weight, 0, 24, np.arange(want.size), want, want)
+    bound = weight.bound(0, 24, dtype, dtype).reshape(-1)
+    least = least_bound(block, dtype)
+    assert (least <= bound).all()
+    assert (least > 0).all()

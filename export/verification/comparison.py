@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from loracle.files.updates import conversion_bound
-from loracle.reference import ConfigError
+from loracle.files.updates import Linear, conversion_bound
+from loracle.reference import ConfigError, Precision
 
 from .one_weight import FLOAT64, OneWeight, coarser, row_blocks
 from .ulps import bits, histogram, named, ulp_distance
@@ -19,6 +20,16 @@ Array = NDArray[Any]
 
 BLOCK_ENTRIES = 1 << 21
 """So many entries are compared at a time: about 100 MB in all, where they differ."""
+
+FEW = 1e-3
+"""Up to this share of a weight's entries are single ones."""
+
+_FEW_ROWS = 4
+"""Where fewer rows than one in so many have entries in doubt, the bound is computed for these alone."""
+
+_ROUNDINGS = 4
+_HALF_ULP = 2.0**-7
+"""More than rounding can have changed a number by, relative to it, in any of the dtypes."""
 
 _FURTHEST = np.uint64(2**64 - 1)
 
@@ -30,7 +41,7 @@ class Comparison:
     Attributes:
         unequal: entries whose bits are not the correctly rounded merge's.
         outside: entries further from it than a merge that rounds after every operation may be; all that are
-            unequal, where there is no bound.
+            unequal, where there is no bound. Those of later rows are not counted once they are not `FEW`.
         not_finite: unequal entries that are NaN or infinite.
         ulps: see `WeightVerdict.ulps`.
         witness: the entry furthest away.
@@ -52,6 +63,7 @@ def compare(weight: OneWeight, held: Array) -> Comparison:
     counts = histogram(np.zeros(0, np.uint64))
     unequal = outside = not_finite = 0
     furthest, witness = np.uint64(0), None
+    enough = FEW * held.size
     is_base = weight.base is not None
     for start, stop in row_blocks(held.shape, BLOCK_ENTRIES):
         got = np.ascontiguousarray(held[start:stop])
@@ -59,39 +71,81 @@ def compare(weight: OneWeight, held: Array) -> Comparison:
         if is_base and weight.merged:
             base = weight.base_rows(start, stop, dtype)
             is_base = base is not None and np.array_equal(bits(got), bits(base))
-        differs = bits(got) != bits(want)
-        if not differs.any():
-            counts[0] += got.size
+        places = np.flatnonzero(bits(got) != bits(want))
+        counts[0] += got.size - len(places)
+        if not len(places):
             continue
-        distance = ulp_distance(got, want)
+        block = EntriesApart(weight, start, stop, places, got.reshape(-1)[places], want.reshape(-1)[places])
+        distance = ulp_distance(block.got, block.want)
         counts += histogram(distance)
-        unequal += int(np.count_nonzero(differs))
-        wrong = ~np.isfinite(got.astype(np.float64)).reshape(-1) & differs
+        unequal += len(places)
+        wrong = ~np.isfinite(block.got.astype(FLOAT64))
         not_finite += int(np.count_nonzero(wrong))
-        outside += int(np.count_nonzero(_outside(weight, start, stop, got, want).reshape(-1) & differs))
-        steps = np.where(wrong, _FURTHEST, distance.reshape(-1))
-        place = int(steps.argmax())
-        if witness is None or steps[place] > furthest:
-            row, *rest = (int(i) for i in np.unravel_index(place, got.shape))
-            furthest = steps[place]
-            witness = Witness(
-                (start + row, *rest), float(want.reshape(-1)[place]), float(got.reshape(-1)[place])
-            )
+        if outside <= enough:
+            outside += _outside(block)
+        steps = np.where(wrong, _FURTHEST, distance)
+        most = int(steps.argmax())
+        if witness is None or steps[most] > furthest:
+            row, *rest = (int(i) for i in np.unravel_index(places[most], got.shape))
+            furthest = steps[most]
+            witness = Witness((start + row, *rest), float(block.want[most]), float(block.got[most]))
     return Comparison(held.size, unequal, outside, not_finite, named(counts), witness, is_base)
 
 
-def _outside(weight: OneWeight, start: int, stop: int, got: Array, want: Array) -> NDArray[np.bool_]:
-    """Which entries are further away than the bound of a merge in the base's or the candidate's dtype.
+@dataclass(frozen=True, eq=False)
+class EntriesApart:
+    """Rows of a weight, and the entries in them that differ: their flat places, and both values."""
+
+    weight: OneWeight
+    start: int
+    stop: int
+    places: NDArray[np.intp]
+    got: Array
+    want: Array
+
+
+def _outside(block: EntriesApart) -> int:
+    """How many entries are further away than the bound of a merge in the base's or the candidate's dtype.
 
     What is wanted is half a unit in the last place off itself, at most.
     """
-    dtype = got.dtype
-    try:
-        bound = weight.bound(start, stop, coarser(weight.start.dtype, dtype), dtype)
-    except ConfigError:  # so few bits that there is none
-        return np.ones(got.shape, np.bool_)
-    exact = want.astype(FLOAT64)
-    bound += conversion_bound(exact, dtype, FLOAT64)
+    weight, dtype = block.weight, block.got.dtype
+    precision = coarser(weight.start.dtype, dtype)
+    want = block.want.astype(FLOAT64)
     with np.errstate(invalid="ignore"):  # an infinity less a number
-        inside: NDArray[np.bool_] = np.abs(got.astype(FLOAT64) - exact) <= bound
-    return ~inside
+        gap = np.abs(block.got.astype(FLOAT64) - want) - conversion_bound(want, dtype, FLOAT64)
+        left = np.flatnonzero(~(gap <= least_bound(block, precision)))
+    if not len(left):
+        return 0
+    width = int(np.prod(weight.start.shape[1:], dtype=np.int64))
+    rows = np.unique(block.places[left] // width)
+    every = len(rows) > (block.stop - block.start) // _FEW_ROWS
+    spans = (
+        [(block.start, block.stop)] if every else [(block.start + row, block.start + row + 1) for row in rows]
+    )
+    count = 0
+    for start, stop in spans:
+        place = block.places[left] - (start - block.start) * width
+        own = left[(place >= 0) & (place < (stop - start) * width)]
+        try:
+            bound = weight.bound(start, stop, precision, dtype).reshape(-1)
+        except ConfigError:  # so few bits that there is none
+            count += len(own)
+            continue
+        inside = gap[own] <= bound[block.places[own] - (start - block.start) * width]
+        count += int(np.count_nonzero(~inside))
+    return count
+
+
+def least_bound(block: EntriesApart, precision: np.dtype[Any]) -> NDArray[np.float64]:
+    """What a linear layer's bound is at least, computed quickly: the update is |scaling| |B||A| at most, and
+    product, scaling, sum and storing round once each, the r terms of the product too where they are not
+    summed in a wider format. 0 for other kinds."""
+    update = block.weight.update
+    if not isinstance(update, Linear):
+        return np.zeros(len(block.places))
+    roundings = _ROUNDINGS + (0 if Precision.of(precision).accumulates_wider else update.pair.r)
+    W0 = block.weight.start[block.start : block.stop].reshape(-1)[block.places].astype(FLOAT64)
+    want = block.want.astype(FLOAT64)
+    size: NDArray[np.float64] = np.abs(W0) + np.maximum(np.abs(want - W0) - np.abs(want) * _HALF_ULP, 0)
+    return roundings * float(ml_dtypes.finfo(precision).eps) / 2 * size

@@ -22,7 +22,7 @@ from loracle.files.lora_pair import FLOATS
 from loracle.files.updates import Update
 
 from .alternatives import Alternative, alternatives, scaled
-from .comparison import Comparison, compare
+from .comparison import FEW, Comparison, compare
 from .one_weight import FLOAT64, OneWeight, row_blocks, weight_of
 from .residue import low_rank_part
 from .roundings import roundings
@@ -33,12 +33,10 @@ Array = NDArray[Any]
 
 _NOT_MERGED = "it is the base's, bit for bit: the adapter was not merged into it"
 
-SAMPLE_ENTRIES = 1 << 20
+SAMPLE_ENTRIES = 1 << 18
 _SAMPLE_BLOCKS = 4
 _EXPLAINED = 0.9
 """A way of rounding explains a weight if it gives the bits of so many of the entries that differ."""
-_FEW = 1e-3
-"""Up to this share of entries a difference is of single entries."""
 _NOISE_SHARE = 0.25
 """Noise that is larger than this share of the update is not what merging and unmerging leaves."""
 
@@ -61,8 +59,8 @@ class _Sample:
 
     @cached_property
     def exact(self) -> Array:
-        """The merge in float64."""
-        return self.rows(self.weight, FLOAT64)
+        """The merge in float64, off by a few of its roundings at most."""
+        return np.concatenate([self.weight.wide(start, stop) for start, stop in self.blocks])
 
     @cached_property
     def base(self) -> Array:
@@ -177,7 +175,7 @@ class Judge:
     ) -> WeightVerdict:
         wrong = replace(said, passed=False)
         residue = sample.wide - sample.right.astype(FLOAT64)
-        many = compared.unequal > _FEW * compared.entries
+        many = compared.unequal > FEW * compared.entries
         part = low_rank_part(residue) if many else None
         if part is not None:
             words = f"the update is there, and besides another of {part}"
@@ -186,7 +184,7 @@ class Judge:
         if compared.outside == 0:
             words = f"the update is there, rounded otherwise; at most {most} ulp"
             return replace(said, verdict=Verdict.WITHIN_ULPS, passed=not self._exact, detail=words)
-        if compared.outside <= max(1, _FEW * compared.entries):
+        if compared.outside <= max(1, FEW * compared.entries):
             words = f"the update is there, but {compared.outside} entries are further off than any rounding"
             return replace(wrong, verdict=Verdict.DAMAGED, detail=words)
         update = float(np.linalg.norm(sample.exact - sample.base))
@@ -206,7 +204,7 @@ class Judge:
         if other is not None:
             return f"it holds the base's {other}"
         residue = sample.wide - sample.right.astype(FLOAT64)
-        part = low_rank_part(residue) if compared.unequal > _FEW * compared.entries else None
+        part = low_rank_part(residue) if compared.unequal > FEW * compared.entries else None
         if part is not None:
             return f"by an update of {part}: was another adapter merged, or more of this one?"
         size = float(np.linalg.norm(sample.exact))
@@ -280,4 +278,5 @@ def _confirmed(found: Alternative, held: Array) -> str:
     compared = compare(found.weight, held)
     if not compared.outside:
         return found.words
-    return f"{found.words}; {compared.outside} of {compared.entries} entries are further off than rounding"
+    many = "many" if compared.outside > FEW * compared.entries else str(compared.outside)
+    return f"{found.words}; {many} of {compared.entries} entries are further off than rounding"

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracle.files import MergedWeights
-from loracle.files.updates import Bound, Update, conversion_bound, convert
+from loracle.files.updates import Bound, Linear, Update, conversion_bound, convert
 
 Array = NDArray[Any]
 FLOAT64 = np.dtype(np.float64)
@@ -44,6 +44,15 @@ class OneWeight:
         if self.update is None:
             return convert(own, dtype, self.name)
         return self.update.rows(own, start, dtype, None, self.name)
+
+    def wide(self, start: int, stop: int) -> Array:
+        """The rows in float64, off by a few of its roundings at most."""
+        own = self.start[start:stop]
+        return (
+            self.update.wide(own, start)
+            if isinstance(self.update, Linear)
+            else self.rows(start, stop, FLOAT64)
+        )
 
     def base_rows(self, start: int, stop: int, dtype: np.dtype[Any]) -> Array | None:
         """The rows without the adapter."""

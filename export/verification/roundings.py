@@ -35,9 +35,9 @@ def roundings(weight: OneWeight, start: int, stop: int, dtype: np.dtype[Any]) ->
     """The rows of a weight, in `dtype`, by each way that differs from rounding once.
 
     The sum of W0 and the update in float64 stands for the exact one: what is rounded to a narrower dtype
-    afterwards differs only where that sum is within 2^-53 of a tie.
+    afterwards differs only where that sum is within a few 2^-53 of a tie.
     """
-    exact = weight.rows(start, stop, FLOAT64)
+    exact = weight.wide(start, stop)
     for middle in _DTYPES:
         if _bits(middle) < _bits(FLOAT64) and middle != dtype:
             yield Rounding(f"to {middle}, then to {dtype}", _to(_to(exact, middle), dtype))
