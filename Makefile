@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all test-consumers consumers mutants lint bench bench-large architectures clean
+.PHONY: help demo test test-all test-consumers consumers mutants lint bench bench-large architectures verify-table clean
 
 help:
 	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench     side-by-side measurements"
 	@echo "make bench-large  exports of models of 1.1B and 7B parameters; 30 GB of disk"
 	@echo "make architectures  docs/architectures.md"
+	@echo "make verify-table   the tables of docs/verify.md; needs .venv-peers for some"
 
 $(BIN)/python:
 	$(PYTHON) -m venv .venv
@@ -83,6 +84,9 @@ bench-large: .venv/dev.stamp
 
 architectures: .venv/dev.stamp
 	$(BIN)/python tests/architectures_page.py
+
+verify-table: .venv/dev.stamp .venv-peers/stamp
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/verify_page.py
 
 clean:
 	rm -rf .venv .venv-peers $(NODE)/node_modules examples/browser/node_modules demo-out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -13,6 +13,7 @@ bytes where they are wrong.
 from __future__ import annotations
 
 import json
+import errno
 import math
 import mmap
 import struct
@@ -168,6 +169,8 @@ def write_parameters(path: Path, arrays: Mapping[str, Array]) -> None:
 
     Args:
         arrays: of float16 or float32, by the names of the graph's inputs; `check_size` lets them pass.
+
+    Raises OSError: it cannot be written. onnxruntime does not tell why.
     """
     content = onnxruntime.AdapterFormat()
     content.set_adapter_version(1)
@@ -175,7 +178,11 @@ def write_parameters(path: Path, arrays: Mapping[str, Array]) -> None:
     content.set_parameters(
         {name: onnxruntime.OrtValue.ortvalue_from_numpy(array) for name, array in arrays.items()}
     )
-    content.export_adapter(str(path))
+    try:
+        content.export_adapter(str(path))
+    except RuntimeError as error:
+        reason = "onnxruntime has failed to write it; is the disk full?"
+        raise OSError(errno.EIO, reason, str(path)) from error
 
 
 def document_bytes(document: Mapping[str, Any]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -187,12 +188,12 @@ def export(
         written = 0
         if in_place:
             check_in_place(checkpoint, Path(out_dir), form)
-            if name is not None and not base.exists():
+            if name is not None and not os.path.exists(base):
                 require_new(Path(out_dir), name, form, replace=replace)
                 template = graph_template(checkpoint, config, task, options, trusted=trusted)
                 linked_bytes(template, weights)
                 written = write_base(template, checkpoint, progress)
-        if name is not None and base.exists():
+        if name is not None and os.path.exists(base):
             held = load_graph(base)
             check_form(held, form, Path(out_dir))
             options = dataclasses.replace(noted_options(held, str(base)), dtype=dtype)

@@ -43,9 +43,8 @@ from .write import BoundTensors, Progress, graph_bytes, lay_out, refer, write_da
 
 LINKED = "linked"
 """The form's name."""
-_DATA_FILE = re.compile(r".+\.([0-9a-f]{16})\.onnx_data")
+_DATA_FILE = re.compile(r".+\.[0-9a-f]{16}\.onnx_data")
 _BASE_DATA = re.compile(r"model\.[0-9a-f]{16}\.onnx_data")
-_MENTIONED = re.compile(rb"\.([0-9a-f]{16})\.onnx_data")
 
 
 def write_linked(
@@ -140,12 +139,9 @@ def linked_bytes(template: GraphTemplate, source: WeightSource) -> int:
 def remove_unmentioned(deployment: Path) -> None:
     """Remove the data files of tasks that no graph of the deployment refers to, where that is possible."""
     with suppress(OSError):
-        mentioned = {
-            found.decode()
-            for path in deployment.glob(f"*{GRAPH_SUFFIX}")
-            for found in _MENTIONED.findall(path.read_bytes())
-        }
-        for name in os.listdir(deployment):
-            matched = _DATA_FILE.fullmatch(name)
-            if matched and matched[1] not in mentioned:
-                (deployment / name).unlink()
+        unmentioned = {name for name in os.listdir(deployment) if _DATA_FILE.fullmatch(name)}
+        for path in deployment.glob(f"*{GRAPH_SUFFIX}"):
+            graph = path.read_bytes()
+            unmentioned = {name for name in unmentioned if name.encode() not in graph}
+        for name in unmentioned:
+            (deployment / name).unlink()

@@ -18,6 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from loracle.files import cache_folder, write_atomic
+from loracle.files.atomic import reported
 
 from .options import GraphOptions
 
@@ -159,6 +160,8 @@ def cached(
     """The templates for `config` by the names of their `files`, read from the cache or made and put there.
 
     A cache file that is not whole is made anew: the file's name ends in the hash of its contents.
+
+    Raises FileError: the cache cannot be written.
     """
     folder = (folder or cache_folder()) / "graphs"
     dtype = options.numpy_dtype
@@ -166,7 +169,8 @@ def cached(
     held = {file: data for file, stem in stems.items() if (data := _held(folder, stem)) is not None}
     if held.keys() != stems.keys():
         held = {file: to_bytes(template) for file, template in make().items()}
-        folder.mkdir(parents=True, exist_ok=True)
+        with reported(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         for file, data in held.items():
             write_atomic(folder / f"{stems[file]}-{_hash(data)}.onnx", data)
     return {file: from_bytes(held[file], dtype) for file in files}

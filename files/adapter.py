@@ -128,6 +128,10 @@ def read_adapter(directory: str | os.PathLike[str], *, residual_base: bool = Fal
         return Adapter(config, parsed.pairs, parsed.tensors, parsed.tokens, head)
     except (FileError, TargetError, ShapeError, DTypeError, NonFiniteError) as error:
         raise type(error)(f"{weights_path}: {error}") from None
+    except MemoryError:
+        raise FileError(
+            f"{weights_path}: expected an adapter that fits into memory, got {file.nbytes} bytes; is it one?"
+        ) from None
 
 
 def write_adapter(directory: str | os.PathLike[str], adapter: Adapter) -> None:

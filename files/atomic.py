@@ -63,12 +63,16 @@ def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def _destination(path: str | os.PathLike[str]) -> Path:
-    final = Path(os.path.realpath(path))
-    if not os.path.isdir(final.parent):
-        raise FileError(
-            f"{final}: the folder {final.parent} does not exist; create it or choose another path"
-        )
-    return final
+    try:
+        final = Path(os.path.realpath(path))
+        if os.path.isdir(final.parent):
+            with suppress(FileNotFoundError):
+                os.lstat(final)
+            return final
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FileError(f"{path}: cannot be an output ({reason}); choose another name") from None
+    raise FileError(f"{final}: the folder {final.parent} does not exist; create it or choose another path")
 
 
 def _require_empty_folder(final: Path) -> None:

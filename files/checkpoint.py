@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from loracle.reference import FileError
 
+from .contained import require_contained
 from .json_file import read_json_object
 from .safetensors_file import SafetensorsFile
 
@@ -64,7 +65,8 @@ class Checkpoint:
 
     Raises:
         FileError: the folder or ``config.json`` is missing, it holds no safetensors, or they are malformed or
-            incomplete. File names in an index must be plain names; nothing outside the folder is named by it.
+            incomplete. File names in an index must be plain names of files in the folder: a link among them
+            may lead to another of its files, or into the hub's cache, and nowhere else.
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
@@ -78,6 +80,8 @@ class Checkpoint:
             self.index = read_json_object(self.dir / INDEX_FILE)
             weight_map = _weight_map(self.index, self.dir / INDEX_FILE)
             shard_names = sorted(set(weight_map.values()))
+            for name in shard_names:
+                require_contained(self.dir, name)
         self._files = {name: SafetensorsFile(self.dir / name) for name in shard_names}
         self._home: dict[str, SafetensorsFile] = {}
         for file in self._files.values():

@@ -22,6 +22,8 @@ CONVERT = "convert the adapter with PEFT's path_initial_model_for_weight_convers
 
 TokenIndices = tuple[int, ...] | Mapping[str, tuple[int, ...]] | None
 
+_MOST = 2**31 - 1
+
 
 def wrong(name: str, expected: str, got: object) -> ConfigError:
     """Return the error for a value that is not what its key takes."""
@@ -44,9 +46,11 @@ def require_neutral(name: str, value: object) -> None:
 
 
 def check_rank(name: str, value: object) -> int:
-    """Return a rank: an integer of at least 1."""
+    """Return a rank: an integer of at least 1, and no larger than any matrix."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise wrong(name, "an integer of at least 1", value)
+    if value > _MOST:
+        raise wrong(name, f"an integer of at most {_MOST}", value)
     return value
 
 
@@ -194,9 +198,11 @@ def _strings(name: str, value: object, expected: str) -> tuple[str, ...]:
 
 
 def _tokens(name: str, value: object) -> tuple[int, ...]:
-    if not isinstance(value, Sequence) or not all(type(item) is int and item >= 0 for item in value):
-        raise wrong(name, "numbers of tokens from 0", value)
-    if len(set(value)) < len(value):
-        twice = next(item for item in value if value.count(item) > 1)
-        raise wrong(name, "each token once", twice)
+    if not isinstance(value, Sequence) or not all(type(item) is int and 0 <= item <= _MOST for item in value):
+        raise wrong(name, f"numbers of tokens from 0 to {_MOST}", value)
+    seen: set[int] = set()
+    for item in value:
+        if item in seen:
+            raise wrong(name, "each token once", item)
+        seen.add(item)
     return tuple(value)

@@ -10,7 +10,11 @@ from typing import TypeVar
 
 from loracle.reference import ConfigError
 
+from .expression_cost import takes_too_long
+
 T = TypeVar("T")
+
+_MOST_DIGITS = 18  # of the number of a layer; Python converts no more than some thousands
 
 
 def matches(path: str, modules: Sequence[str] | str | None) -> bool:
@@ -26,7 +30,7 @@ def matches(path: str, modules: Sequence[str] | str | None) -> bool:
     if not modules:
         return False
     if isinstance(modules, str):
-        return _compile(modules).fullmatch(path) is not None
+        return _compile(modules, path).fullmatch(path) is not None
     return any(path == name or path.endswith(f".{name}") for name in modules)
 
 
@@ -49,7 +53,7 @@ def inside_saved(path: str, names: Sequence[str] | None) -> bool:
     Raises:
         ConfigError: a name is not a regular expression.
     """
-    return any(_compile(rf"(^|.*\.){name}($|\..*)").match(path) is not None for name in names or ())
+    return any(_compile(rf"(^|.*\.){name}($|\..*)", path).match(path) is not None for name in names or ())
 
 
 def layer_selected(
@@ -69,9 +73,11 @@ def layer_selected(
         found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", path)
     else:
         patterns = [layers_pattern] if isinstance(layers_pattern, str) else layers_pattern
-        hits = (_compile(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.").match(path) for pattern in patterns)
+        hits = (_compile(rf"(?:^|.*?\.){pattern}\.(?P<idx>\d+)\.", path).match(path) for pattern in patterns)
         found = next((hit for hit in hits if hit is not None), None)
     if found is None or found["idx"] is None:  # an alternation in a pattern may match without a number
+        return False
+    if len(found["idx"]) > _MOST_DIGITS:
         return False
     index = int(found["idx"])
     return index == layers if isinstance(layers, int) else index in layers
@@ -88,7 +94,7 @@ def pattern_value(path: str, pattern: Mapping[str, T], default: T) -> T:
         ConfigError: a key is not a regular expression.
     """
     for key, value in pattern.items():
-        if _compile(rf"(.*\.)?({key})$").match(path):
+        if _compile(rf"(.*\.)?({key})$", path).match(path):
             return value
     return pattern.get(path, default)
 
@@ -98,10 +104,18 @@ def check_pattern(pattern: str) -> None:
     _compile(pattern)
 
 
-def _compile(pattern: str) -> re.Pattern[str]:
+def _compile(pattern: str, path: str = "") -> re.Pattern[str]:
+    """Return an expression that can be matched with `path` in a bearable time."""
     try:
-        return re.compile(pattern)
+        compiled = re.compile(pattern)
+        endless = takes_too_long(pattern, len(path))
     except (re.error, OverflowError, RecursionError) as error:
         raise ConfigError(
             f"module pattern {pattern!r}: not a regular expression ({error}); correct the adapter's config"
         ) from None
+    if endless:
+        raise ConfigError(
+            f"module pattern {pattern[:80]!r}: may take for ever on a path of {len(path)} characters; write "
+            "it without repeats inside repeats"
+        )
+    return compiled

@@ -61,13 +61,36 @@ def remove_abandoned(final: Path) -> None:
                     _remove_unless_held(final.parent / name)
 
 
+def discard(path: Path) -> None:
+    """Remove a folder, whole in one step: it is renamed first. What cannot be removed stays.
+
+    What a killed process leaves of it has a sibling's name, and is removed by `remove_abandoned`.
+    """
+    with suppress(OSError):
+        gone = _sibling(path)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def is_at(descriptor: int, path: Path) -> bool:
+    """Tell whether an open file or folder is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _sibling(final: Path) -> Path:
+    return final.parent / f".{final.name[:_NAME_LENGTH]}.{secrets.token_hex(_TOKEN_BYTES)}.partial"
+
+
 def _make(final: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
     while True:
-        path = final.parent / f".{final.name[:_NAME_LENGTH]}.{secrets.token_hex(_TOKEN_BYTES)}.partial"
+        path = _sibling(final)
         with suppress(FileNotFoundError):
             descriptor = create(path)
             # between its making and its locking another process may have taken it for left behind
-            if try_lock(descriptor) is not False and _is_at(descriptor, path):
+            if try_lock(descriptor) is not False and is_at(descriptor, path):
                 return path, descriptor
             os.close(descriptor)
         if not final.parent.is_dir():
@@ -95,7 +118,7 @@ def _remove_unless_held(path: Path) -> None:
         if not (stat.S_ISDIR(kind) or stat.S_ISREG(kind)):
             return
         # a sibling that became the destination meanwhile is at another path
-        if try_lock(descriptor) and _is_at(descriptor, path):
+        if try_lock(descriptor) and is_at(descriptor, path):
             if stat.S_ISDIR(kind):
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -103,9 +126,3 @@ def _remove_unless_held(path: Path) -> None:
     finally:
         os.close(descriptor)
 
-
-def _is_at(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    except FileNotFoundError:
-        return False

@@ -4,7 +4,9 @@ Source: the safetensors format, 8 bytes of little-endian header length, a JSON h
 """
 
 import hashlib
+import math
 import mmap
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +42,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 
 LENGTH_BYTES = 8
 _PROBE_BYTES = 64
+_MOST_AXES = 32  # of an array, in every version of NumPy
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class SafetensorsFile:
 
     Raises:
         FileError: the file is missing, is no safetensors file by the library's own validation (header length,
-            JSON, dtypes, offsets without holes and overlaps), or has a dtype that NumPy has not.
+            JSON, dtypes, offsets without holes and overlaps), or has a dtype or a shape that NumPy has not.
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,6 +146,14 @@ class SafetensorsFile:
                 f"{self.path}: {name} has dtype {code}, expected one of {known}; convert the checkpoint"
             )
         entry = TensorEntry(DTYPES[code], shape, start + begin)
+        # without an entry a tensor may have sizes whose product no array has
+        if (
+            len(shape) > _MOST_AXES
+            or math.prod(size or 1 for size in shape) * entry.dtype.itemsize > sys.maxsize
+        ):
+            raise FileError(
+                f"{self.path}: {name} has a shape of {len(shape)} axes that no array has; download it again"
+            )
         # the library has checked this on the same path; the mapping is another reading of it
         if entry.nbytes != end - begin or start + end > len(self._bytes):
             raise FileError(f"{self.path}: {name} does not lie within the file; download the file again")

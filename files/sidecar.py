@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from loracle.reference import FileError
-
+from .contained import require_contained
 from .json_file import check_regular_file
 
 CONFIG_FILE = "config.json"
@@ -84,7 +83,7 @@ def copy_sidecars(
         if name in exclude or not os.path.lexists(source / name):
             continue
         check_regular_file(source / name)
-        _require_contained(source, name)
+        require_contained(source, name)
         with (source / name).open("rb") as reader, (target / name).open("xb") as writer:
             shutil.copyfileobj(reader, writer)
         copied.append(name)
@@ -98,17 +97,6 @@ def sidecar_bytes(model_dir: str | os.PathLike[str]) -> int:
         with suppress(OSError):
             total += os.stat(Path(model_dir) / name).st_size
     return total
-
-
-def _require_contained(folder: Path, name: str) -> None:
-    root = Path(os.path.realpath(folder))
-    real = Path(os.path.realpath(folder / name))
-    # the hub's cache: <repository>/snapshots/<revision>/<name> links to <repository>/blobs/<hash>
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else None
-    if not real.is_relative_to(root) and (blobs is None or real.parent != blobs):
-        raise FileError(
-            f"{folder / name}: links to {real}, outside the model's folder; copy the file into it"
-        )
 
 
 def config_bytes(config: dict[str, object]) -> bytes:

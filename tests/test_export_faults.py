@@ -1,20 +1,17 @@
-"""An export is there whole or not at all: killed, on a full or read-only disk, or two at a time."""
+"""An export as a command: Ctrl-C, a full or read-only disk, several at a time. Whole, or not there at all."""
 
 import os
-import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import onnxruntime
 import pytest
 from export_fixtures import SHAPE, make_adapter, make_model, write_tokenizer
-from killed_exports import run, wait_for
+from killed_exports import wait_for
 from mounts import FILLING, MOUNTING, mounted, skip_unless_mounting
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -83,91 +80,13 @@ def refusal(arguments: list[str]) -> str:
     return done.stderr
 
 
-def absent_or_whole(out: Path, whole: Content) -> bool:
-    """Whether `out` is there, with what it must hold then."""
-    if out.exists():
-        assert content(out) == whole
-    return out.exists()
-
-
-def remove(folder: Path) -> None:
-    for path in folder.iterdir():
-        path.unlink()
-    folder.rmdir()
-
-
-def test_killed_before_each_step_it_is_whole_or_absent(tmp_path: Path, models: Path, whole: Content) -> None:
-    out = tmp_path / "out"
-    work = partial(export, models / "base", out, models / "adapter")
-    code, steps = run(tmp_path, work)
-    assert code == 0
-    assert content(out) == whole
-    assert {"os.mkdir", "open", "tensor", "fsync", "os.rename"} == set(steps)
-    remove(out)
-    last = steps.index("os.rename")
-    assert last < len(steps) - 1
-    for step in range(len(steps)):
-        code, done = run(tmp_path, work, kill=step)
-        assert code == -signal.SIGKILL
-        # an export removes what the one before has left, in steps of its own
-        assert absent_or_whole(out, whole) == ("os.rename" in done)
-        assert len(partials(tmp_path)) <= 1
-        if out.exists():
-            remove(out)
-    assert run(tmp_path, work)[0] == 0
-    assert content(out) == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_killed_at_twenty_random_moments_it_is_whole_or_absent(
-    tmp_path: Path, models: Path, whole: Content
-) -> None:
-    out = tmp_path / "out"
-    start = time.monotonic()
-    subprocess.run(command(models, out), capture_output=True, check=True)
-    seconds = time.monotonic() - start
-    rng = random.Random(20)
-    for _ in range(20):
-        if out.exists():
-            remove(out)
-        with started(command(models, out)) as process:
-            time.sleep(rng.uniform(0, seconds))
-            process.kill()
-        absent_or_whole(out, whole)
-        assert len(partials(tmp_path)) <= 1
-    if out.exists():
-        remove(out)
-    subprocess.run(command(models, out), capture_output=True, check=True)
-    assert content(out) == whole
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.slow
-def test_killed_at_random_moments_of_writing_it_is_whole_or_absent(tmp_path: Path, large: Path) -> None:
-    out, whole = tmp_path / "out", content(large / "whole")
-
-    def writing() -> bool:
-        return bool(partials(tmp_path))
-
-    with started(command(large, out)) as process:
-        wait_for(writing)
-        start = time.monotonic()
-        wait_for(out.exists)
-        seconds = time.monotonic() - start
-        assert process.wait() == 0
-    rng = random.Random(21)
-    absent = 0
-    for _ in range(20):
-        if out.exists():
-            remove(out)
-        left = set(partials(tmp_path))
-        with started(command(large, out)) as process:
-            wait_for(lambda left=left: bool(set(partials(tmp_path)) - left))
-            time.sleep(rng.uniform(0, seconds))
-            process.kill()
-        absent += not absent_or_whole(out, whole)
-        assert len(partials(tmp_path)) <= 1
-    assert absent
+def test_ctrl_c_ends_a_command_with_130_and_leaves_nothing(tmp_path: Path, large: Path) -> None:
+    with started(command(large, tmp_path / "out")) as process:
+        wait_for(lambda: bool(partials(tmp_path)))
+        process.send_signal(signal.SIGINT)
+        _, error = process.communicate()
+    assert (process.returncode, error) == (130, "error: interrupted\n")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_a_living_process_writes_is_left_alone_and_the_first_to_end_wins(

@@ -1,14 +1,18 @@
 """The folder of an interrupted run: found again, guarded against another run, gone after a success."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from refusal import refused
 
 from loracle.files import Adapter, LoraConfig
+from loracle.files.lock import try_lock
 from loracle.reference import ConfigError, FileError
+from loracle.torch_impl import checkpoints as checkpoints_module
 from loracle.torch_impl.checkpoints import Checkpoints, State
 from loracle.torch_impl.curve import Curve, Evaluation, Step
 
@@ -130,3 +134,67 @@ def test_success_removes_everything(tmp_path: Path) -> None:
     checkpoints.open(RUN, resume=True)
     checkpoints.close(success=True)
     assert not any(tmp_path.iterdir())
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    first, second = Checkpoints(tmp_path / "out"), Checkpoints(tmp_path / "out")
+    first.open(RUN, resume=False)
+    first.save(state(3))
+    (first.folder / ".checkpoint-4.00ff.partial").mkdir()  # under way
+    before = sorted(first.folder.iterdir())
+    message = (
+        f"{first.folder}: expected no other run, found one under way; wait for its end or choose "
+        "another --out"
+    )
+    for resume in (False, True):
+        refused(partial(second.open, RUN, resume=resume), FileError, message)
+    second.close(success=False)
+    assert sorted(first.folder.iterdir()) == before
+    first.close(success=False)
+    read = second.open(RUN, resume=True)
+    assert read is not None
+    assert read.curve.done == 3
+    second.close(success=True)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_run_that_ends_while_another_begins_is_not_mixed_up_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The folder goes after it was opened, before it is locked."""
+    second = Checkpoints(tmp_path / "out")
+    gone: list[Path] = []
+
+    def late(descriptor: int) -> bool | None:
+        if not gone:
+            second.folder.rmdir()
+            gone.append(second.folder)
+        return try_lock(descriptor)
+
+    monkeypatch.setattr(checkpoints_module, "try_lock", late)
+    assert second.open(RUN, resume=False) is None
+    second.save(state(3))
+    assert gone
+    assert (second.folder / "checkpoint-3").is_dir()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder of something else"])
+def test_what_is_no_folder_of_checkpoints_is_left_alone(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "out.checkpoints"
+    if kind == "file":
+        place.write_bytes(b"precious")
+        said = "cannot be written"
+    else:
+        (place / "precious").mkdir(parents=True)
+        said = "expected checkpoints of a run, got precious; move it away or choose another --out"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(FileError, match=rf"out\.checkpoints: {said}"):
+        Checkpoints(tmp_path / "out").open(RUN, resume=True)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_was_being_removed_is_removed_by_the_next_run(tmp_path: Path) -> None:
+    checkpoints = interrupted(tmp_path / "out", 3)
+    checkpoints.folder.rename(tmp_path / f".out.checkpoints.{16 * '0'}.partial")
+    assert checkpoints.open(RUN, resume=True) is None
+    assert [path.name for path in tmp_path.iterdir()] == ["out.checkpoints"]

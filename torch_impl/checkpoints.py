@@ -1,9 +1,11 @@
 """The checkpoints of an interrupted run: each whole or absent, used only by a run of the same identity."""
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from loracle.files import Adapter, output_folder, read_adapter, write_adapter_files, write_atomic
+from loracle.files.atomic import flush_folder, reported
 from loracle.files.json_file import read_json_object
+from loracle.files.lock import try_lock
+from loracle.files.partial import discard, is_at, remove_abandoned
 from loracle.files.safetensors_file import SafetensorsFile
 from loracle.files.safetensors_writer import write_safetensors
 from loracle.reference import ConfigError, FileError
@@ -47,11 +52,13 @@ class State:
 class Checkpoints:
     """The folder ``<out>.checkpoints`` beside a run's output.
 
-    It holds the run's identity in ``run.json`` and folders ``checkpoint-<step>``, which appear by a rename.
+    It holds the run's identity in ``run.json`` and folders ``checkpoint-<step>``, which appear and go by a
+    rename. It is one run's: from `open` to `close` it is locked.
     """
 
     def __init__(self, out: Path) -> None:
         self.folder = out.with_name(f"{out.name}.checkpoints")
+        self._descriptor: int | None = None
 
     def open(self, identity: Mapping[str, Any], *, resume: bool) -> State | None:
         """Prepare the folder and return the state to go on from, the latest; None to start from the
@@ -61,12 +68,27 @@ class Checkpoints:
             ConfigError: the checkpoints are of a run with other options or data; the first difference is
                 named.
             FileError: there are checkpoints and ``resume`` is off, the folder is not one of checkpoints, or
-                one cannot be read.
+                cannot be written, another run is under way there, or a checkpoint cannot be read.
         """
+        with reported(self.folder):
+            remove_abandoned(self.folder)
+            self._lock()
+            try:
+                return self._open(identity, resume=resume)
+            except BaseException:
+                self.close(success=False)
+                raise
+
+    def _open(self, identity: Mapping[str, Any], *, resume: bool) -> State | None:
         self._remove_unfinished()
         found = self._all()
         if not found:
-            self.folder.mkdir(exist_ok=True)
+            others = sorted({path.name for path in self.folder.iterdir()} - {_IDENTITY})
+            if others:
+                raise FileError(
+                    f"{self.folder}: expected checkpoints of a run, got {others[0]}; move it away or choose "
+                    "another --out"
+                )
             write_atomic(self.folder / _IDENTITY, json.dumps(identity, indent=2).encode())
             return None
         if not resume:
@@ -75,7 +97,10 @@ class Checkpoints:
                 "resume that run, or remove the folder"
             )
         self._check_identity(identity)
-        return _read(found[-1])
+        state = _read(found[-1])
+        for old in found[:-1]:
+            discard(old)
+        return state
 
     def save(self, state: State) -> None:
         """Write the state, and remove the earlier ones.
@@ -87,13 +112,36 @@ class Checkpoints:
         with output_folder(self.folder / f"checkpoint-{state.curve.done}") as folder:
             _write(folder, state)
         for old in earlier:
-            shutil.rmtree(old)
+            discard(old)
 
     def close(self, *, success: bool) -> None:
         """Remove the folder after a success; else what is unfinished, and a folder without checkpoints."""
-        self._remove_unfinished()
-        if success or not self._all():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self._descriptor is None:
+            return
+        with suppress(OSError):  # what cannot be removed stays
+            self._remove_unfinished()
+            held = {path.name for path in self.folder.iterdir()}
+            if success or held <= {_IDENTITY}:
+                discard(self.folder)
+        os.close(self._descriptor)
+        self._descriptor = None
+
+    def _lock(self) -> None:
+        """Make the folder where it is not there, and lock it until `close`."""
+        while self._descriptor is None:
+            self.folder.mkdir(exist_ok=True)
+            flush_folder(self.folder.parent)
+            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+            if try_lock(descriptor) is False:
+                os.close(descriptor)
+                raise FileError(
+                    f"{self.folder}: expected no other run, found one under way; wait for its end or choose "
+                    "another --out"
+                )
+            if is_at(descriptor, self.folder):
+                self._descriptor = descriptor
+            else:  # another run has ended in between, and removed the folder
+                os.close(descriptor)
 
     def _all(self) -> list[Path]:
         if not self.folder.is_dir():
@@ -106,7 +154,10 @@ class Checkpoints:
         if self.folder.is_dir():
             for path in self.folder.iterdir():
                 if _UNFINISHED.fullmatch(path.name):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    if path.is_dir():
+                        shutil.rmtree(path, ignore_errors=True)
+                    else:
+                        path.unlink()
 
     def _check_identity(self, identity: Mapping[str, Any]) -> None:
         path = self.folder / _IDENTITY

@@ -1,39 +1,17 @@
 """Adapters in the pickled files of loralib and LitGPT, loaded into a model."""
 
-import pickle
-import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from loracle.files import Adapter, adapter_from_litgpt, adapter_from_loralib
-from loracle.reference import ConfigError, FileError
+from loracle.reference import ConfigError
 
 from .adapter_io import load_adapter
 from .arrays import array_of
 from .layer import DEFAULT
-
-# What reading a file that is no pickle, a cut one, or one made to deceive has been seen to raise.
-_UNREADABLE = (
-    OSError,
-    EOFError,
-    RuntimeError,
-    pickle.UnpicklingError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    OverflowError,
-    ImportError,
-    MemoryError,
-    struct.error,
-)
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+from .state_file import read_state_dict
 
 
 def load_loralib(
@@ -66,7 +44,7 @@ def load_loralib(
         LoracleError: as `loracle.files.adapter_from_loralib` and `load_adapter` do.
     """
     adapter = adapter_from_loralib(
-        _arrays(Path(path), _read(Path(path))),
+        read_state_dict(Path(path)),
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
@@ -104,10 +82,8 @@ def load_litgpt(
         LoracleError: as `loracle.files.adapter_from_litgpt` and `load_adapter` do.
     """
     heads, groups, size = _heads(model)
-    state = _read(Path(path))
-    inner = state.get("model")
     adapter = adapter_from_litgpt(
-        _arrays(Path(path), inner if isinstance(inner, Mapping) and len(state) == 1 else state),
+        read_state_dict(Path(path), inside="model"),
         lora_r=lora_r,
         lora_alpha=lora_alpha,
         n_head=heads,
@@ -148,51 +124,3 @@ def _heads(model: nn.Module) -> tuple[int, int, int]:
             f"got {type(model).__name__} without them; load into the transformers model"
         )
     return heads, groups, size
-
-
-def _read(path: Path) -> Mapping[Any, Any]:
-    """Return the mapping that the file holds; nothing in it is run.
-
-    Raises:
-        FileError: it can't be read, or is no mapping.
-    """
-    if not path.is_file():
-        raise FileError(f"{path}: no such file; check the path")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except _UNREADABLE as error:
-        raise FileError(
-            f"{path}: expected a file of torch.save with tensors alone, got one that can't be read as such "
-            f"({type(error).__name__}); save the state dict again"
-        ) from None
-    if not isinstance(state, Mapping):
-        raise FileError(f"{path}: expected a dict of tensors, got {type(state).__name__}; save a state dict")
-    return state
-
-
-def _arrays(path: Path, state: Mapping[Any, Any]) -> dict[str, NDArray[Any]]:
-    """Return the tensors as arrays by name.
-
-    Raises:
-        FileError: a name is no string, or a value no plain tensor of numbers that are in the file.
-    """
-    arrays = {}
-    for name, value in state.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise FileError(
-                f"{path}: expected a dict of names and tensors, got {type(value).__name__} at {name!r:.80}; "
-                "save a state dict"
-            )
-        # A view of few numbers may claim any shape, and take that much memory once it is computed with.
-        if (
-            value.layout is not torch.strided
-            or value.device.type != "cpu"
-            or value.dtype not in _FLOATS
-            or value.numel() * value.element_size() > value.untyped_storage().nbytes()
-        ):
-            raise FileError(
-                f"{path}: {name}: expected a plain floating-point tensor, got {value.dtype} {value.layout} "
-                f"of shape {tuple(value.shape)} on {value.device.type}; save it dense, on the CPU"
-            )
-        arrays[name] = array_of(value)
-    return arrays

@@ -63,7 +63,9 @@ def share_bar(parts: Sequence[tuple[str, int]]) -> Markup:
     for kind, number in parts:
         width = number / total * _WIDTH
         # What is there is seen, however few.
-        body.append(f'<rect class="{escape(kind)}" x="{start:.2f}" y="0" width="{max(width, 1):.2f}" height="8"/>')
+        body.append(
+            f'<rect class="{escape(kind)}" x="{start:.2f}" y="0" width="{max(width, 1):.2f}" height="8"/>'
+        )
         start += width
     return _svg(body, ", ".join(f"{number} {kind}" for kind, number in parts), 8, stretched=True)
 

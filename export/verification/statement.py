@@ -33,13 +33,16 @@ def _exactness(report: VerifyReport) -> str:
 def _reason(report: VerifyReport) -> str:
     wrong = [own for own in report.weights if not own.passed]
     if wrong:
+        kinds = counted(wrong)
         verb = "is" if len(wrong) == 1 else "are"
-        kinds = ", ".join(f"{number} {verdict}" for verdict, number in counted(wrong).items())
-        return f"{len(wrong)} of {_number(len(report.weights), 'weight')} {verb} wrong ({kinds})"
+        if len(kinds) == 1:
+            said = f"{verb} “{next(iter(kinds))}”"
+        else:
+            said = f"{verb} wrong in {len(kinds)} ways"
+        return f"{len(wrong):,} of {_number(len(report.weights), 'weight')} {said}"
     failed = [check.name for check in report.checks if not check.passed]
-    return f"it fails “{failed[0]}”" + (
-        f" and {_number(len(failed) - 1, 'other check')}" if failed[1:] else ""
-    )
+    others = f", and {_number(len(failed) - 1, 'other check')}" if failed[1:] else ""
+    return f"it fails the check “{failed[0]}”{others}"
 
 
 def _number(number: int, what: str) -> str:

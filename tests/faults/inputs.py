@@ -1,0 +1,41 @@
+"""What the writers are given: models, adapters, deployments with tasks, lines to learn from."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import torch
+from deployments import add, make_models, record
+from export_fixtures import make_adapter
+from safetensors.torch import load_file, save_file
+from torch_fixtures import upper_pairs, write_lines, write_model
+from transformers import AutoModelForCausalLM
+
+from .readers import SUFFIXES
+
+_SHARD = "model.safetensors"
+
+
+def make_inputs(folder: Path) -> Path:
+    """Make all of it in an empty folder."""
+    make_models(folder)
+    make_adapter(folder / "wide", folder / "base", ("q_proj", "o_proj"), seed=3)
+    for form in SUFFIXES:
+        add(folder, folder / f"{form}, one", "french", form, "attention")
+        record(folder / f"{form}, one", "french")
+        shutil.copytree(folder / f"{form}, one", folder / form)
+        add(folder, folder / form, "german", form, "mlp")
+        record(folder / form, "german")
+    shutil.copytree(folder / "base", folder / "sharded", ignore=shutil.ignore_patterns(_SHARD))
+    AutoModelForCausalLM.from_pretrained(folder / "base").save_pretrained(
+        folder / "sharded", max_shard_size="60KB"
+    )
+    shutil.copytree(folder / "base", folder / "mixed")
+    tensors = load_file(folder / "base" / _SHARD)
+    # A base in this folder has a data file of its own: what the shard has in another dtype.
+    mixed = {name: held.to(torch.bfloat16) if "norm" in name else held for name, held in tensors.items()}
+    save_file(mixed, folder / "mixed" / _SHARD, {"format": "pt"})
+    write_model(folder / "llama")
+    write_lines(folder / "pairs.jsonl", upper_pairs(8))
+    return folder

@@ -1,0 +1,51 @@
+"""docs/faults.md names tests that are there, in every clause, and every writer."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+from faults.readers import SUFFIXES
+from faults.writers import WRITERS
+
+TESTS = Path(__file__).parent
+PAGE = (TESTS.parent / "docs" / "faults.md").read_text("utf-8")
+CLAUSES = dict(re.findall(r"^## (\d+\. [^\n]*)\n(.*?)(?=^## )", PAGE, re.MULTILINE | re.DOTALL))
+
+
+def cited(clause: str) -> list[tuple[str, str]]:
+    """Module and test of each citation; `::test` alone is of the module before."""
+    module, found = "", []
+    for name, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", clause.partition("*Tests:*")[2]):
+        module = name or module
+        found.append((module, test))
+    return found
+
+
+def tests_of(module: str) -> set[str]:
+    parsed = ast.parse((TESTS / module).read_text("utf-8"))
+    return {node.name for node in parsed.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("clause", CLAUSES)
+def test_every_clause_names_tests_that_are_there(clause: str) -> None:
+    citations = cited(CLAUSES[clause])
+    assert citations
+    for module, test in citations:
+        assert test in tests_of(module), f"{module} has no {test}"
+
+
+def test_the_clauses_are_numbered() -> None:
+    assert [int(clause.partition(".")[0]) for clause in CLAUSES] == list(range(1, len(CLAUSES) + 1))
+    assert len(CLAUSES) >= 8
+
+
+def test_every_writer_is_in_the_table() -> None:
+    rows = re.findall(r"^\| (`[^|]*) \|", PAGE.partition("## The writers")[2], re.MULTILINE)
+    named = [name for row in rows for name in re.findall(r"`([^`]*)`", row)]
+    written = [
+        name.replace("FORM", form) for name in named for form in (SUFFIXES if "FORM" in name else ("",))
+    ]
+    assert sorted(written) == sorted(WRITERS)
