@@ -12,8 +12,8 @@ bytes where they are wrong.
 
 from __future__ import annotations
 
-import json
 import errno
+import json
 import math
 import mmap
 import struct

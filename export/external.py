@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnx_ir as ir
-from google.protobuf.message import DecodeError
+from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.message import DecodeError, Message
 
 from loracle.files.json_file import read_regular_file
 from loracle.reference import FileError
@@ -70,7 +72,9 @@ def parse_graph(path: Path) -> ir.Model:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = ir.serde.deserialize_model(onnx.load_model_from_string(content))
+            proto = onnx.load_model_from_string(content)
+            _check_texts(proto)
+            model = ir.serde.deserialize_model(proto)
         # onnx-ir keeps to the folder where it knows one: the path of a file in the current folder names none
         folder = os.path.abspath(path.parent)
         for _, tensor in _tensors(model):
@@ -85,6 +89,28 @@ def data_files(model: ir.Model) -> tuple[str, ...]:
     """The names of the files in which a model's tensors lie, of the folder of the model."""
     tensors = (tensor for _, tensor in _tensors(model))
     return tuple(dict.fromkeys(str(own.location) for own in tensors if isinstance(own, ir.ExternalTensor)))
+
+
+def _check_texts(proto: Message) -> None:
+    """Raise ValueError where a text is not in UTF-8: the protobuf library gives its bytes instead."""
+    waiting = [proto]
+    while waiting:
+        message = waiting.pop()
+        if isinstance(message, onnx.TensorProto):  # without a look at its numbers
+            own: Iterable[Any] = (
+                message.name,
+                message.doc_string,
+                message.external_data,
+                message.metadata_props,
+            )
+        else:
+            own = [value for field, value in message.ListFields() if field.type != FieldDescriptor.TYPE_BYTES]
+        for value in own:
+            for part in (value,) if isinstance(value, str | bytes | Message | int | float) else value:
+                if isinstance(part, Message):
+                    waiting.append(part)
+                elif isinstance(part, bytes):
+                    raise ValueError(f"{part[:_SHOWN]!r} is no text in UTF-8")
 
 
 def _reason(error: BaseException) -> str:

@@ -142,6 +142,6 @@ def remove_unmentioned(deployment: Path) -> None:
         unmentioned = {name for name in os.listdir(deployment) if _DATA_FILE.fullmatch(name)}
         for path in deployment.glob(f"*{GRAPH_SUFFIX}"):
             graph = path.read_bytes()
-            unmentioned = {name for name in unmentioned if name.encode() not in graph}
+            unmentioned = {name for name in unmentioned if os.fsencode(name) not in graph}
         for name in unmentioned:
             (deployment / name).unlink()

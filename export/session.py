@@ -52,12 +52,14 @@ REFUSALS: tuple[type[Exception], ...] = tuple(
 _COLUMNS = 128
 
 
-def open_session(model: str | Path, threads: int = 0) -> onnxruntime.InferenceSession:
+def open_session(model: str | Path, threads: int = 0, *, reuse: bool = True) -> onnxruntime.InferenceSession:
     """An onnxruntime session over a graph; CUDA where the installed onnxruntime has it.
 
     Args:
         model: an exported folder, or one of its graphs.
         threads: onnxruntime's threads; 0 leaves the choice to it.
+        reuse: whether values share memory, as the shapes that the graph notes allow; some exporters note wrong
+            ones.
 
     Raises FileError where there is no graph, onnxruntime refuses it, or a checkpoint's shard that it refers
     to is another by now.
@@ -67,18 +69,21 @@ def open_session(model: str | Path, threads: int = 0) -> onnxruntime.InferenceSe
         path = path / GRAPH_FILE
     if not path.is_file():
         raise FileError(f"{path}: expected an exported model, found none; make one with `loracle export`")
-    return _open(str(path), path, _options(threads))
+    return _open(str(path), path, _options(threads, reuse))
 
 
-def open_graph(graph: bytes, folder: Path, threads: int = 0) -> onnxruntime.InferenceSession:
+def open_graph(
+    graph: bytes, folder: Path, threads: int = 0, *, reuse: bool = True
+) -> onnxruntime.InferenceSession:
     """As `open_session`, for a serialized graph whose data files lie in `folder`."""
-    options = _options(threads)
+    options = _options(threads, reuse)
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(folder))
     return _open(graph, folder, options)
 
 
-def _options(threads: int) -> onnxruntime.SessionOptions:
+def _options(threads: int, reuse: bool) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
+    options.enable_mem_reuse = reuse
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     # Every fully used core spins between operators otherwise, which slows whatever else runs.

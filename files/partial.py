@@ -125,4 +125,3 @@ def _remove_unless_held(path: Path) -> None:
                 path.unlink()
     finally:
         os.close(descriptor)
-

@@ -247,7 +247,7 @@ def test_each_role_is_fed_with_what_it_is() -> None:
         get_outputs=lambda: [LOGITS, node("present.0.key", "float16", "b", 2, "t", 12)],
         run=run,
     )
-    foreign = ForeignSession(session, GRAPH, ["logits"], CONFIG)
+    foreign = ForeignSession(session, read_interface(session, GRAPH, ["logits"], CONFIG))
     cache = [np.ones((1, 2, 3, 12), np.float16)]
     ids, mask = np.array([[7, 8]]), np.array([[1, 1, 1, 1, 0]])
     found = foreign.run_texts(ids, mask, cache=cache, more=["z"])

@@ -256,20 +256,24 @@ def test_a_norm_that_was_replaced_is_what_is_left_over() -> None:
     assert places(named)[norms(3)[1]] == [(norms(3)[1], "by name alone")]
 
 
-def test_norms_with_one_added_are_found_where_that_is_exact() -> None:
-    small = [np.round(array * 64) / 256 for array in matrices(2, (64,))]
-    base = dict(zip(norms(2), small, strict=True))
+@pytest.mark.parametrize("named", [True, False])
+@pytest.mark.parametrize("size", [0.1, 20.0])
+def test_norms_with_one_added_are_found_and_undone(named: bool, size: float) -> None:
+    """Of norms as large as the second, 1 more is almost the same."""
+    base = {
+        name: np.float32(size) * (1 + w / 4) for name, w in zip(norms(3), matrices(3, (64,)), strict=True)
+    }
+    held = {name: weight + np.float32(1) for name, weight in base.items()}
     chain = Chain()
-    for i, array in enumerate(reversed(small)):
-        chain.then("Mul", f"scale_{i}", array + np.float32(1))
+    for i in (2, 0, 1):
+        chain.then("Mul", norms(3)[i] if named else f"scale_{i}", held[norms(3)[i]])
     graph = chain.graph
     matches = match_weights(graph, Weights(base))
-    assert places(matches) == {
-        norms(2)[0]: [("scale_1", "by content, plus 1")],
-        norms(2)[1]: [("scale_0", "by content, plus 1")],
-    }
-    assert np.array_equal(seen(graph, only(matches, norms(2)[0])), small[0])
-    assert seen(graph, only(matches, norms(2)[0])).dtype == np.float32
+    for i, name in enumerate(norms(3)):
+        assert places(matches)[name] == [(name if named else f"scale_{i}", "by content, plus 1")]
+        assert np.array_equal(seen(graph, only(matches, name)), base[name])
+        changed = held[name] + np.float32(0.25)
+        assert np.allclose(only(matches, name).view(changed), base[name] + 0.25, rtol=0, atol=1e-5)
 
 
 def biased(changed: int | None = None) -> Chain:

@@ -24,7 +24,7 @@ def cited(clause: str) -> list[tuple[str, str]]:
     return found
 
 
-def tests_of(module: str) -> set[str]:
+def defined_in(module: str) -> set[str]:
     parsed = ast.parse((TESTS / module).read_text("utf-8"))
     return {node.name for node in parsed.body if isinstance(node, ast.FunctionDef)}
 
@@ -34,7 +34,7 @@ def test_every_clause_names_tests_that_are_there(clause: str) -> None:
     citations = cited(CLAUSES[clause])
     assert citations
     for module, test in citations:
-        assert test in tests_of(module), f"{module} has no {test}"
+        assert test in defined_in(module), f"{module} has no {test}"
 
 
 def test_the_clauses_are_numbered() -> None:

@@ -14,9 +14,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from loracle.files import Adapter, write_atomic
+from loracle.files import write_atomic
 
-from ..task_document import target_names
 from .clauses import Clause, clauses_of
 from .digests import InputDigest
 from .report import VerifyReport
@@ -44,34 +43,6 @@ Option = str | int | float | bool | None
 
 
 @dataclass(frozen=True)
-class AdapterSummary:
-    """What an adapter is.
-
-    Attributes:
-        r: the ranks of its pairs, sorted and distinct.
-        scaling: their scalings, likewise.
-        target_modules: the last names of the paths that it has pairs for, likewise.
-        pairs: how many.
-        parameters: the entries of all its tensors.
-    """
-
-    r: tuple[int, ...]
-    lora_alpha: float
-    scaling: tuple[float, ...]
-    use_rslora: bool
-    use_dora: bool
-    target_modules: tuple[str, ...]
-    pairs: int
-    parameters: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields, as JSON has them."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()
-        }
-
-
-@dataclass(frozen=True)
 class Certificate:
     """A verification.
 
@@ -79,7 +50,6 @@ class Certificate:
         time: when it ended, in UTC.
         report: what was found.
         inputs: by "base", "adapter" and "candidate"; without "adapter" where there is none.
-        adapter: None where there is none.
         clauses: of the numeric contract that were applied.
         versions: of Python, the platform, and the packages that are there.
         options: that the verification was made with.
@@ -88,7 +58,6 @@ class Certificate:
     time: str
     report: VerifyReport
     inputs: Mapping[str, InputDigest]
-    adapter: AdapterSummary | None
     clauses: tuple[Clause, ...]
     versions: Mapping[str, str]
     options: Mapping[str, Option]
@@ -109,7 +78,6 @@ class Certificate:
             "statement": self.statement,
             **report.to_json(),
             "inputs": {role: self.inputs[role].to_json() if role in self.inputs else None for role in ROLES},
-            "lora": None if self.adapter is None else self.adapter.to_json(),
             "summary": {
                 "weights": len(weights),
                 "merged": sum(own.merged for own in weights),
@@ -125,22 +93,18 @@ class Certificate:
         }
 
 
-def certificate_of(
-    report: VerifyReport, adapter: Adapter | None, options: Mapping[str, Option] | None = None
-) -> Certificate:
+def certificate_of(report: VerifyReport, options: Mapping[str, Option] | None = None) -> Certificate:
     """Return the certificate of a verification that has just ended.
 
     Args:
         report: of `verify`, called with `digests=True`.
-        adapter: that it was called with.
         options: that it was called with, by the names of the command's options.
     """
     return Certificate(
         datetime.now(UTC).isoformat(timespec="seconds"),
         report,
         {own.role: own for own in report.inputs},
-        None if adapter is None else _summary(adapter),
-        clauses_of(report, adapter),
+        clauses_of(report),
         _versions(),
         {} if options is None else dict(options),
     )
@@ -154,20 +118,6 @@ def certificate_bytes(certificate: Certificate) -> bytes:
 def write_certificate(path: str | Path, certificate: Certificate) -> None:
     """Write the document, whole or not at all. Raises FileError where it cannot be written."""
     write_atomic(path, certificate_bytes(certificate))
-
-
-def _summary(adapter: Adapter) -> AdapterSummary:
-    config = adapter.config
-    return AdapterSummary(
-        tuple(sorted({config.rank_of(path) for path in adapter.pairs})),
-        config.lora_alpha,
-        tuple(sorted({pair.scaling for pair in adapter.pairs.values()})),
-        config.use_rslora,
-        config.use_dora,
-        tuple(target_names(adapter)),
-        len(adapter.pairs),
-        adapter.parameters,
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from loracle.files import Checkpoint, MergedWeights
 from loracle.files.architectures import architecture_of
@@ -12,8 +13,21 @@ from loracle.files.ties import EMBEDDINGS
 from loracle.files.updates import same_bits
 
 from ..write import Progress
+from .asked import Asked, Found
+from .input_files import checkpoint_files
 from .judge import Judge
 from .verdict import Verdict, WeightVerdict
+from .weights_check import weights_check
+
+
+def verify_checkpoint(folder: Path, asked: Asked) -> Found:
+    """Verify a folder with a checkpoint. Arguments and errors as of `verify`."""
+    exact = bool(asked.exact)
+    with Checkpoint(folder) as candidate:
+        asked.digest(checkpoint_files(candidate, "candidate", folder))
+        judge = Judge(asked.weights, exact=exact)
+        verdicts = judge_checkpoint(candidate, asked.weights, judge, asked.progress)
+    return Found((weights_check(verdicts, exact=exact),), verdicts, file=folder)
 
 
 def judge_checkpoint(
@@ -55,7 +69,9 @@ def _absent(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightV
     twin = _tied_to(name, candidate.names, weights.checkpoint.tied)
     if twin is not None:
         return WeightVerdict(name, Verdict.UNTOUCHED, True, twin, detail=f"it is tied to {twin}")
-    return WeightVerdict(name, Verdict.ABSENT, False, detail="expected in the checkpoint, found none")
+    merged = name in weights.merged_names
+    detail = "expected in the checkpoint, found none"
+    return WeightVerdict(name, Verdict.ABSENT, False, merged=merged, detail=detail)
 
 
 def _added(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightVerdict:

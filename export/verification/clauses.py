@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from loracle.files import Adapter
-
 from .report import VerifyReport
 from .verdict import Verdict
 
@@ -27,25 +25,26 @@ class Clause:
         return {"number": self.number, "title": self.title, "applied": self.applied}
 
 
-def clauses_of(report: VerifyReport, adapter: Adapter | None) -> tuple[Clause, ...]:
+def clauses_of(report: VerifyReport) -> tuple[Clause, ...]:
     """The clauses that a verification has applied, in their order."""
-    return tuple(_clauses(report, adapter))
+    return tuple(_clauses(report))
 
 
-def _clauses(report: VerifyReport, adapter: Adapter | None) -> Iterator[Clause]:
-    if adapter is not None:
-        law = "alpha / sqrt(r)" if adapter.config.use_rslora else "alpha / r"
+def _clauses(report: VerifyReport) -> Iterator[Clause]:
+    lora = report.lora
+    if lora is not None:
+        law = "alpha / sqrt(r)" if lora.use_rslora else "alpha / r"
         yield Clause("1", "Scaling", f"The scaling is {law}, in float64, and taken as exact.")
         yield Clause(
             "2",
             "Merge is correctly rounded",
             "An entry of a merged weight should be the exact W0 + scaling * B A, rounded once, ties to even.",
         )
-        kinds = sorted({pair.kind for pair in adapter.pairs.values()} - {"linear"})
-        if kinds or adapter.config.fan_in_fan_out:
-            words = ", ".join((*kinds, *(["weights stored (in, out)"] * adapter.config.fan_in_fan_out)))
-            yield Clause("2.2", "Every kind of layer", f"The same holds for: {words}.")
-        if adapter.config.use_dora:
+        kinds = [kind for kind in lora.kinds if kind != "linear"]
+        kinds += ["weights stored (in, out)"] if lora.fan_in_fan_out else []
+        if kinds:
+            yield Clause("2.2", "Every kind of layer", f"The same holds for: {', '.join(kinds)}.")
+        if lora.use_dora:
             yield Clause(
                 "2.3",
                 "DoRA",

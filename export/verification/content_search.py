@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .content_signature import (
+    ROUNDED,
     as_matrix,
     as_signature,
     layouts,
@@ -41,6 +42,11 @@ class Found:
 
     place: Place
     how: str
+
+
+def equal_but_for_rounding(_: int) -> float:
+    """The least similarity of what differs by rounding alone."""
+    return 1 - ROUNDED
 
 
 def nearly_equal(_: int) -> float:
@@ -103,19 +109,21 @@ class ContentSearch:
             if (rows, columns) == group.shape
         ]
 
-    def signatures(self, places: Collection[Place], shape: Shape) -> Array:
-        """Return (n, k), the entries of the places by which a matrix of `shape` is known."""
-        return self._convert(np.stack([self._signature(place, shape) for place in places]))
+    def signatures(self, places: Collection[Place], shape: Shape, added: float = 0) -> Array:
+        """Return (n, k), the entries of the places by which a matrix of `shape` is known, less `added`."""
+        held = np.stack([self._signature(place, shape) for place in places])
+        return self._convert(held - np.float32(added) if added else held)
 
-    def similarities(self, place: Place, group: Group) -> Array:
-        """Return (n,): how like a place is to each of the group's matrices."""
-        result: Array = group.similarity(self.signatures([place], group.shape))[0]
+    def similarities(self, place: Place, group: Group, added: float = 0) -> Array:
+        """Return (n,): how like a place, less `added`, is to each of the group's matrices."""
+        result: Array = group.similarity(self.signatures([place], group.shape, added))[0]
         return result
 
-    def give_whole(self, groups: Iterable[Group], least: Least, how: str) -> None:
-        """Give every whole tensor that is like a missing matrix to the one that it is most like."""
+    def give_whole(self, groups: Iterable[Group], least: Least, how: str, *, added: float = 0) -> None:
+        """Give every whole tensor that, less `added`, is like a missing matrix to the one that it is most
+        like."""
         for group in groups:
-            while self._give(group, least(group.entries), how):
+            while self._give(group, least(group.entries), how, added):
                 pass
 
     def give_packed(self, columns: Callable[[int], bool], least: Least, how: str, *, skip: bool) -> None:
@@ -136,12 +144,12 @@ class ContentSearch:
                     if pieces:
                         break
 
-    def _give(self, group: Group, least: float, how: str) -> bool:
+    def _give(self, group: Group, least: float, how: str, added: float) -> bool:
         missing = self.missing(group)
         places = self.places(group) if missing.size else []
         if not places:
             return False
-        best, scores = self._best(places, group, missing)
+        best, scores = self._best(places, group, missing, added)
         given = False
         for index in np.argsort(-np.round(scores, _DIGITS), kind="stable"):
             place = places[index]
@@ -153,11 +161,12 @@ class ContentSearch:
                 given = True
         return given
 
-    def _best(self, places: list[Place], group: Group, among: Array) -> tuple[Array, Array]:
+    def _best(self, places: list[Place], group: Group, among: Array, added: float) -> tuple[Array, Array]:
         """For each place the index of the matrix that it is most like, and how like it is."""
         best, scores = [], []
         for start in range(0, len(places), _CHUNK):
-            found = group.similarity(self.signatures(places[start : start + _CHUNK], group.shape), among)
+            held = self.signatures(places[start : start + _CHUNK], group.shape, added)
+            found = group.similarity(held, among)
             best.append(among[np.round(found, _DIGITS).argmax(1)])
             scores.append(found.max(1))
         return np.concatenate(best), np.concatenate(scores)

@@ -6,7 +6,7 @@ unmerged model, and returns what that returns. These values are compared in the 
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +20,8 @@ from loracle.files import Adapter
 from ..session import open_graph
 from ..tasks import Task
 from ..texts import Texts
-from .foreign_outputs import one_input, run_input
+from .foreign_inputs import Interface
+from .foreign_outputs import one_input, open_foreign, run_input
 from .foreign_session import ForeignSession
 from .graph_paths import Between, between, described
 from .module_places import INPUT, OUTPUT, Gap, Place, module_places
@@ -31,7 +32,7 @@ from .weight_products import Terms, multiplied_dtype
 
 Array = np.ndarray[Any, Any]
 
-_NAMED = 4
+_NAMED = 6
 
 
 @dataclass(frozen=True)
@@ -106,25 +107,26 @@ def first_difference_node(
     Raises:
         as `foreign_outputs.check_foreign_outputs`.
     """
-    feeds = one_input(graph_path, task, texts, config)
+    session = open_foreign(graph_path, task, config)
+    feeds, interface = one_input(session, texts, config), session.interface
+    del session
     truth = Float64Model(model_dir, adapter, task, config, trusted=trusted)
     modules = module_values(truth, feeds, multiplied_dtype(model.graph))
     del truth
-    return compared_with(modules, graph_path, model, matches, task, feeds, config)
+    return compared_with(modules, interface, model, matches, feeds, config)
 
 
 def compared_with(
     modules: Mapping[str, ModuleValues],
-    graph_path: Path,
+    interface: Interface,
     model: ir.Model,
     matches: Matches,
-    task: Task,
     feeds: Mapping[str, Array],
     config: Mapping[str, Any],
 ) -> FirstDifference | None:
     """As `first_difference_node`, beside what the unmerged model makes of the same feeds."""
     places = module_places(model.graph, matches, modules, config)
-    got = _values(graph_path, model, places, task, feeds, config)
+    got = _values(interface, model, places, feeds)
     return first_difference(model.graph, places, got)
 
 
@@ -138,7 +140,7 @@ def first_difference(
     """
     gaps = [(place, own) for place in places if (own := place.gaps(got))]
     inside = {id(place): any(gap.is_inside for gap in own.values()) for place, own in gaps}
-    right: dict[ir.Value, str] = {}
+    right: dict[ir.Value, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     wrong: set[ir.Value] = set()
     for place, own in gaps:
         for terms, gap in own.items():
@@ -146,13 +148,13 @@ def first_difference(
                 if not inside[id(place)]:
                     wrong.update(terms)
             elif len(terms) == 1:
-                right.setdefault(terms[0], f"the {place.side} of {place.module}")
+                right[terms[0]][place.side].append(place.module)
     outside = [(place, own) for place, own in gaps if not inside[id(place)]]
     if not outside:
         return None
     place, own = outside[0]
     terms = min(own, key=lambda terms: own[terms].error) if place.side == OUTPUT else next(iter(own))
-    known = {value: name for value, name in right.items() if value not in wrong}
+    known = {value: _named(modules) for value, modules in right.items() if value not in wrong}
     path = between(graph, terms, known)
     return FirstDifference(
         place.module,
@@ -164,6 +166,13 @@ def first_difference(
         _alike(gaps, inside, place),
         len(gaps),
     )
+
+
+def _named(modules: Mapping[str, Sequence[str]]) -> str:
+    """A value, by the modules that return it; or else by the first that reads it."""
+    if modules.get(OUTPUT):
+        return f"the output of {_listed(modules[OUTPUT])}"
+    return f"the input of {modules[INPUT][0]}"
 
 
 def _suspects(place: Place, terms: Terms, path: Between) -> tuple[ir.Node, ...]:
@@ -187,22 +196,16 @@ def _alike(
 
 
 def _values(
-    graph_path: Path,
-    model: ir.Model,
-    places: Sequence[Place],
-    task: Task,
-    feeds: Mapping[str, Array],
-    config: Mapping[str, Any],
+    interface: Interface, model: ir.Model, places: Sequence[Place], feeds: Mapping[str, Array]
 ) -> dict[str, Array]:
     """The graph's values at some places, by their names."""
     wanted = {str(value.name) for place in places for terms in place.values for value in terms}
     proto = ir.to_proto(model)
     for name in sorted(wanted - {str(value.name) for value in model.graph.outputs}):
         proto.graph.output.add().name = name
-    session = open_graph(proto.SerializeToString(), graph_path.parent)
-    foreign = ForeignSession(session, graph_path, task.outputs, config)
+    session = open_graph(proto.SerializeToString(), interface.graph.parent, reuse=False)
     names = sorted(wanted)
-    return dict(zip(names, run_input(foreign, feeds, names), strict=True))
+    return dict(zip(names, run_input(ForeignSession(session, interface), feeds, names), strict=True))
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -1,43 +1,21 @@
-"""Whether the weights of anybody's ONNX graph are the merge, whatever they are called and however they lie."""
+"""Whether the weights of anybody's ONNX graph are the merge, whatever they are called, however they lie."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import onnx_ir as ir
 
 from loracle.files import MergedWeights
 from loracle.files.checkpoint import is_module
 from loracle.files.ties import EMBEDDINGS
-from loracle.reference import FileError
 
-from ..external import parse_graph
-from ..names import GRAPH_FILE, GRAPH_SUFFIX
-from ..options import OPTIONS_KEY
 from ..write import Progress
 from .graph_tensors import HeldTensor, held_tensors
 from .judge import Judge
 from .verdict import Verdict, WeightVerdict
-from .weight_matching import Match, Matches, match_weights
-
-
-def foreign_graph(path: Path) -> Path | None:
-    """The graph of a folder, or the graph `path` itself, where `loracle export` has not made it.
-
-    Raises FileError where there are several, none of which has the name of one that is the model.
-    """
-    graphs = [path] if path.suffix == GRAPH_SUFFIX else sorted(path.glob(f"*{GRAPH_SUFFIX}"))
-    if any(OPTIONS_KEY in parse_graph(graph).metadata_props for graph in graphs):
-        return None
-    named = [graph for graph in graphs if graph.name == GRAPH_FILE] or graphs
-    if len(named) != 1:
-        raise FileError(
-            f"{path}: expected one graph, or {GRAPH_FILE}, got {', '.join(graph.name for graph in graphs)}; "
-            "give the file of one"
-        )
-    return named[0]
+from .weight_matching import Match, Matches
 
 
 def judge_foreign(

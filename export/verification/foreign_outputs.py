@@ -18,7 +18,7 @@ from ..session import open_session
 from ..tasks import Task
 from ..texts import Texts
 from .encoder_check import judge_answers
-from .foreign_inputs import Role
+from .foreign_inputs import Role, read_interface
 from .foreign_session import ForeignDecoder, ForeignSession
 from .outputs_check import Generated, OutputsResult, generate_with_logits, judged
 from .report import Check
@@ -97,14 +97,15 @@ def open_foreign(graph_path: Path, task: Task, config: Mapping[str, Any]) -> For
     """A session on a graph of a task.
 
     Raises:
-        ConfigError: the model has an encoder and a decoder. FileError: see `ForeignSession`.
+        ConfigError: the model has an encoder and a decoder, or its positions begin elsewhere than at 0.
+        FileError: see `read_interface`.
     """
     if task.encoded:
         raise ConfigError(
             f"{graph_path}: expected a model of one graph, got one for {task.name}; verify its weights alone"
         )
-    session = ForeignSession(open_session(graph_path), graph_path, task.outputs, config)
-    interface = session.interface
+    session = open_session(graph_path, reuse=False)
+    interface = read_interface(session, graph_path, task.outputs, config)
     if not task.cached and Role.POSITIONS in interface.inputs and config.get("model_type") in FROM_PADDING:
         # Their numbers begin behind that of the padding token, and go on only where there is no padding.
         entry = interface.inputs[Role.POSITIONS]
@@ -112,7 +113,7 @@ def open_foreign(graph_path: Path, task: Task, config: Mapping[str, Any]) -> For
             f"{graph_path}: {entry.name}: expected a graph that counts positions itself, got one that is "
             "given them; export the model without it"
         )
-    return session
+    return ForeignSession(session, interface)
 
 
 def _prompts(
@@ -195,14 +196,14 @@ def _image_shape(axes: Sequence[int | str | None], config: Mapping[str, Any]) ->
     return tuple(int(length) for length in shape if length is not None)
 
 
-def one_input(graph_path: Path, task: Task, texts: Texts | None, config: Mapping[str, Any]) -> Feeds:
+def one_input(session: ForeignSession, texts: Texts | None, config: Mapping[str, Any]) -> Feeds:
     """The longest text, or images, by the names of the model's forward: as many rows and tokens as the graph
     demands.
 
     Raises:
-        as `open_foreign`; ConfigError also where there are no texts for a model that reads some.
+        ConfigError: there are no texts for a model that reads some, or nothing tells an image's size.
+        ShapeError: the text has more tokens than the model has positions.
     """
-    session = open_foreign(graph_path, task, config)
     interface = session.interface
     rows = interface.rows or 1
     if Role.PIXELS in interface.inputs:

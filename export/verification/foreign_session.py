@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnxruntime
 from loracle.reference import FileError
 
 from ..session import REFUSALS
-from .foreign_inputs import Interface, Role, read_interface
+from .foreign_inputs import Interface, Role
 
 Array = np.ndarray[Any, Any]
 
@@ -21,23 +20,13 @@ class ForeignSession:
     """A graph by any exporter.
 
     Args:
-        session: on the graph.
-        graph: its file, for messages.
-        outputs: what is wanted of it, by Optimum's names.
-        config: the content of the model's `config.json`.
-
-    Raises FileError: an input is needed that is not understood, or an output is missing.
+        session: on the graph, or on one that has more outputs.
+        interface: how the graph is called.
     """
 
-    def __init__(
-        self,
-        session: onnxruntime.InferenceSession,
-        graph: Path,
-        outputs: Sequence[str],
-        config: Mapping[str, Any],
-    ) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, interface: Interface) -> None:
         self._session = session
-        self.interface: Interface = read_interface(session, graph, outputs, config)
+        self.interface = interface
 
     def has(self, role: Role) -> bool:
         """Whether the graph has an input of this role."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,7 +24,7 @@ from loracle.files.updates import Update
 
 from .alternatives import Alternative, alternatives, scaled
 from .comparison import FEW, Comparison, compare
-from .one_weight import FLOAT64, OneWeight, row_blocks, weight_of
+from .one_weight import FLOAT64, OneWeight, coarser, row_blocks, weight_of
 from .residue import low_rank_part
 from .roundings import roundings
 from .ulps import bits, ulp_distance
@@ -132,8 +133,9 @@ class Judge:
         sample = _sample(weight, held)
         twice = _rounded_twice(sample)
         if twice is not None:
-            passed = compared.outside == 0 and weight.merged and not self._exact
-            return replace(said, verdict=Verdict.ROUNDED_TWICE, passed=passed, detail=twice)
+            words, narrower = twice
+            passed = compared.outside == 0 and weight.merged and not self._exact and not narrower
+            return replace(said, verdict=Verdict.ROUNDED_TWICE, passed=passed, detail=words)
         if not weight.merged:
             return replace(wrong, verdict=Verdict.CHANGED, detail=self._change(sample, compared))
         found = self._nearest(sample)
@@ -162,9 +164,10 @@ class Judge:
         if nearest is None:
             return None
         found = nearest[1]
-        part = low_rank_part(sample.wide - sample.rows(found.weight, sample.got.dtype).astype(FLOAT64))
+        residue = sample.wide - sample.rows(found.weight, sample.got.dtype).astype(FLOAT64)
+        part = low_rank_part(residue)
         if part is None:
-            return found
+            return found if _is_small(residue, sample) else None
         words = f"{found.words}, and besides an update of {part}"
         if found.verdict is Verdict.MISSING:
             words = f"it differs from the base's by an update of {part} that is not the adapter's"
@@ -249,19 +252,29 @@ def _sample(weight: OneWeight, held: Array) -> _Sample:
     return _Sample(weight, blocks, np.concatenate([held[start:stop] for start, stop in blocks]))
 
 
-def _rounded_twice(sample: _Sample) -> str | None:
-    """The way of rounding that gives nearly all of the sample's bits, where rounding once does not."""
+def _rounded_twice(sample: _Sample) -> tuple[str, bool] | None:
+    """The way of rounding that gives nearly all of the sample's bits, where rounding once does not, and
+    whether it is `Rounding.narrower`."""
     got = bits(sample.got)
     unequal = int(np.count_nonzero(got != bits(sample.right)))
-    best: tuple[int, str] | None = None
+    best: tuple[int, bool, str] | None = None
     ways = [roundings(sample.weight, start, stop, sample.got.dtype) for start, stop in sample.blocks]
     for parts in zip(*ways, strict=True):
         left = int(np.count_nonzero(got != np.concatenate([bits(part.rows) for part in parts])))
-        if best is None or left < best[0]:
-            best = left, parts[0].words
+        if best is None or (left, parts[0].narrower) < best[:2]:
+            best = left, parts[0].narrower, parts[0].words
     if best is None or not unequal or best[0] > (1 - _EXPLAINED) * unequal:
         return None
-    return f"{best[1]}; that gives the bits of {unequal - best[0]} of {unequal} entries looked at that differ"
+    given = f"the bits of {unequal - best[0]} of {unequal} entries looked at that differ"
+    return f"{best[2]}; that gives {given}", best[1]
+
+
+def _is_small(residue: Array, sample: _Sample) -> bool:
+    """Whether what a mistake leaves is as small as two roundings are, or as drift beside the update."""
+    epsilon = ml_dtypes.finfo(coarser(sample.weight.start.dtype, sample.got.dtype)).eps
+    update = np.linalg.norm(sample.exact - sample.base)
+    most = _NOISE_SHARE * update + 2 * float(epsilon) * np.linalg.norm(sample.exact)
+    return bool(np.linalg.norm(residue) <= most)
 
 
 def _fitted(sample: _Sample) -> float | None:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-
-from ..matching import WeightSource
 from .content_search import ContentSearch, Found, Place
 from .content_signature import ROUNDED, least_similarity
-from .graph_tensors import Array
 from .weight_signatures import Group
 
 BY_NAME = "by name"
@@ -20,7 +16,7 @@ BY_PLACE = "by place"
 """It stands beside a weight of the same module, or is what is left over."""
 SHARED = "by content, shared with an equal weight"
 PLUS_ONE = "by content, plus 1"
-"""The graph holds one more than the weight, as the norms of some models multiply by."""
+"""The graph holds 1 more than the weight, as the norms of some models multiply by."""
 
 _NEARER = 4
 """How many times further away, in squares, the weight of a tensor's name may be than the most similar one."""
@@ -36,10 +32,19 @@ def give_named(search: ContentSearch, named: Mapping[str, str]) -> None:
         group, index = home
         scored = [(float(search.similarities(p, group)[index]), p) for p in search.places(group, [held])]
         score, place = max(scored, key=lambda item: item[0], default=(0.0, Place(held)))
-        if score < least_similarity(group.entries):
+        if 1 - score > ROUNDED and _is_one_more(search, held, group, index):
+            search.claim(name, Found(place, PLUS_ONE))
+        elif score < least_similarity(group.entries):
             continue
-        if 1 - score <= ROUNDED or 1 - score <= _NEARER * (1 - _best_similarity(search, held)):
+        elif 1 - score <= ROUNDED or 1 - score <= _NEARER * (1 - _best_similarity(search, held)):
             search.claim(name, Found(place, BY_NAME))
+
+
+def _is_one_more(search: ContentSearch, held: str, group: Group, index: int) -> bool:
+    """Whether a tensor is 1 more than a weight that is a vector, but for rounding."""
+    if group.shape[1] > 1:
+        return False
+    return bool(1 - search.similarities(Place(held), group, 1)[index] <= ROUNDED)
 
 
 def _best_similarity(search: ContentSearch, held: str) -> float:
@@ -60,34 +65,6 @@ def give_copies(search: ContentSearch, groups: Iterable[Group], least: float) ->
             name = group.names[int(scores.argmax())]
             if scores.max() >= least and name in search.found and place.initializer not in search.claimed:
                 search.claim(name, Found(place, BY_CONTENT))
-
-
-def give_one_more(search: ContentSearch, groups: Iterable[Group], weights: WeightSource) -> None:
-    """Give tensors whose entries are exactly 1 more than a weight's, which is nowhere as it is."""
-    for group in groups:
-        for place in search.places(group):
-            missing = search.missing(group)
-            if not missing.size:
-                break
-            less = search.signatures([place], group.shape) - np.float32(1)
-            scores = group.similarity(less, missing)[0]
-            index = missing[int(scores.argmax())]
-            name = group.names[index]
-            if scores.max() >= 1 - ROUNDED and not _is_held(search, group, index):
-                entries = search.held[place.initializer].read(_less_one)
-                if np.array_equal(entries, weights.tensor(name).reshape(-1).astype(np.float64)):
-                    search.claim(name, Found(place, PLUS_ONE))
-
-
-def _is_held(search: ContentSearch, group: Group, index: int) -> bool:
-    """Whether any tensor of the graph is equal to a weight."""
-    places = search.places(group, search.held)
-    scores = group.similarity(search.signatures(places, group.shape), np.array([index]))
-    return bool(scores.max() >= 1 - ROUNDED)
-
-
-def _less_one(array: Array) -> Array:
-    return array.reshape(-1).astype(np.float64) - 1
 
 
 def give_left_over(search: ContentSearch, named: Mapping[str, str]) -> None:

@@ -11,6 +11,7 @@ from .quality import Quality
 from .verdict import WeightVerdict
 
 if TYPE_CHECKING:
+    from .adapter_summary import AdapterSummary
     from .graph_summary import GraphSummary
     from .task_metric import TaskMetric
 
@@ -42,6 +43,7 @@ class VerifyReport:
         quality: what was measured instead, where the candidate is quantised.
         weights: the verdict on each.
         sha256: of the data of the task, where the candidate is one, see `TaskDocument.sha256`.
+        lora: what the adapter is, where there is one.
         graph: what was found in the graph, where there is one.
         metric: what the models are worth on the user's data, where there are any.
         inputs: the digests of the files, where they were asked for.
@@ -56,6 +58,7 @@ class VerifyReport:
     quality: Quality | None = None
     sha256: str | None = None
     weights: tuple[WeightVerdict, ...] = ()
+    lora: AdapterSummary | None = None
     graph: GraphSummary | None = None
     metric: TaskMetric | None = None
     inputs: tuple[InputDigest, ...] = ()
@@ -71,6 +74,7 @@ class VerifyReport:
             "model": self.model,
             "adapter": self.adapter,
             "passed": self.passed,
+            "lora": None if self.lora is None else self.lora.to_json(),
             "logits": {"largest_error": _number(self.error), "tolerance": _number(self.tolerance)},
             "quality": None if self.quality is None else self.quality.to_json(),
             "metric": None if self.metric is None else self.metric.to_json(),

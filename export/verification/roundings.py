@@ -25,10 +25,16 @@ _DTYPES = tuple(np.dtype(kind) for kind in (np.float32, np.float16, ml_dtypes.bf
 
 @dataclass(frozen=True, eq=False)
 class Rounding:
-    """One way: what it does, in words, and the rows of the weight that it gives."""
+    """One way: what it does, in words, and the rows of the weight that it gives.
+
+    Attributes:
+        narrower: whether it goes through a dtype narrower than the base's and the candidate's, as no merge
+            in either of them does.
+    """
 
     words: str
     rows: Array
+    narrower: bool = False
 
 
 def roundings(weight: OneWeight, start: int, stop: int, dtype: np.dtype[Any]) -> Iterator[Rounding]:
@@ -38,9 +44,11 @@ def roundings(weight: OneWeight, start: int, stop: int, dtype: np.dtype[Any]) ->
     afterwards differs only where that sum is within a few 2^-53 of a tie.
     """
     exact = weight.wide(start, stop)
+    fewest = min(_bits(dtype), _bits(weight.start.dtype))
     for middle in _DTYPES:
         if _bits(middle) < _bits(FLOAT64) and middle != dtype:
-            yield Rounding(f"to {middle}, then to {dtype}", _to(_to(exact, middle), dtype))
+            words = f"to {middle}, then to {dtype}"
+            yield Rounding(words, _to(_to(exact, middle), dtype), _bits(middle) < fewest)
     if weight.update is None:
         return
     W0 = weight.start[start:stop].astype(FLOAT64)
@@ -59,8 +67,8 @@ def roundings(weight: OneWeight, start: int, stop: int, dtype: np.dtype[Any]) ->
     for middle in _DTYPES:
         rounded = with_pair(weight.update, partial(_narrowed, dtype=middle))
         if rounded is not None:
-            other = replace(weight, update=rounded)
-            yield Rounding(f"A and B to {middle} before the merge", other.rows(start, stop, dtype))
+            rows = replace(weight, update=rounded).rows(start, stop, dtype)
+            yield Rounding(f"A and B to {middle} before the merge", rows, _bits(middle) < fewest)
 
 
 def _scaling(update: Update) -> float | None:

@@ -13,6 +13,8 @@ def statement(report: VerifyReport) -> str:
     if not report.passed:
         return f"This is not {merge}: {_reason(report)}."
     said = f"This is {merge}: {_exactness(report)}"
+    if report.error is not None:
+        said += ", and its answers lie inside the derived bound"
     skipped = [check.name for check in report.checks if not check.asked]
     return f"{said}; not asked: {', '.join(skipped)}." if skipped else f"{said}."
 
@@ -35,11 +37,8 @@ def _reason(report: VerifyReport) -> str:
     if wrong:
         kinds = counted(wrong)
         verb = "is" if len(wrong) == 1 else "are"
-        if len(kinds) == 1:
-            said = f"{verb} “{next(iter(kinds))}”"
-        else:
-            said = f"{verb} wrong in {len(kinds)} ways"
-        return f"{len(wrong):,} of {_number(len(report.weights), 'weight')} {said}"
+        said = f"“{next(iter(kinds))}”" if len(kinds) == 1 else f"wrong in {len(kinds)} ways"
+        return f"{len(wrong):,} of {_number(len(report.weights), 'weight')} {verb} {said}"
     failed = [check.name for check in report.checks if not check.passed]
     others = f", and {_number(len(failed) - 1, 'other check')}" if failed[1:] else ""
     return f"it fails the check “{failed[0]}”{others}"

@@ -26,6 +26,7 @@ from loracle.torch_impl.scores import Scores
 
 from ..names import INPUT_IDS
 from ..tasks import Task
+from .asked import DATA_ROWS
 from .foreign_outputs import answer, open_foreign
 from .foreign_session import ForeignDecoder
 from .report import Check
@@ -35,8 +36,6 @@ from .weight_products import is_quantized, multiplied_dtype
 
 Array = np.ndarray[Any, Any]
 
-ROWS = 16
-"""How many examples are read, unless more are asked for."""
 LENGTH = 256
 """How many tokens of an example are read, unless more are asked for."""
 
@@ -102,7 +101,7 @@ def measure_task(
     config: Mapping[str, Any],
     *,
     tokenizer_dir: str | Path | None = None,
-    rows: int = ROWS,
+    rows: int = DATA_ROWS,
     max_length: int = LENGTH,
     trusted: bool = False,
 ) -> TaskMetric:

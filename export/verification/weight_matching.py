@@ -8,7 +8,7 @@ not asked here. Of each tensor a few hundred entries are read.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_ir as ir
@@ -19,7 +19,7 @@ from loracle.files.tensor_names import TensorNames
 
 from ..matching import WeightSource
 from .beside_products import give_biases
-from .content_search import ContentSearch, Found, nearly_equal
+from .content_search import ContentSearch, Found, equal_but_for_rounding, nearly_equal
 from .content_signature import ROUNDED, as_matrix, least_similarity, matrix_shape
 from .graph_tensors import Array, HeldTensor, held_tensors
 from .matching_steps import (
@@ -29,7 +29,6 @@ from .matching_steps import (
     give_copies,
     give_left_over,
     give_named,
-    give_one_more,
     share_equal,
 )
 from .quantized_tensors import may_be_quantized, quantized_shapes
@@ -54,7 +53,7 @@ class Match:
         rows: of several weights in one initializer, the range of this one's rows, in the checkpoint's
             orientation; None for all of it.
         shape: the weight's in the checkpoint; None for that of what `view` finds.
-        added: what the initializer has more in each entry.
+        less_one: the weight, where the initializer holds 1 more.
     """
 
     weight: str
@@ -63,12 +62,13 @@ class Match:
     transposed: bool
     rows: tuple[int, int] | None
     shape: tuple[int, ...] | None = None
-    added: float = 0.0
+    less_one: Array | None = field(default=None, repr=False, compare=False)
 
     def view(self, held: Array) -> Array:
         """Return, of the initializer's array, the weight in the checkpoint's orientation.
 
-        It is a view, but where something was added: that is taken off again, which is exact.
+        It is a view, unless 1 was added to the weight. Then it has the weight's entries where the initializer
+        has the next number to 1 more, as that is all that can be told of them; elsewhere its own, less 1.
         """
         if self.shape is None:
             matrix = held.T if self.transposed else held
@@ -77,13 +77,20 @@ class Match:
         if self.rows is not None:
             matrix = matrix[self.rows[0] : self.rows[1]]
         own = matrix if self.shape is None else matrix.reshape(self.shape)
-        return own if self.added == 0 else (own.astype(np.float64) - self.added).astype(held.dtype)
+        return own if self.less_one is None else _less_one(own, self.less_one)
 
     def __str__(self) -> str:
         turned = f"transpose of {self.initializer}" if self.transposed else self.initializer
         if self.rows is None:
             return turned
         return f"rows {self.rows[0]}:{self.rows[1]} of {'the ' if self.transposed else ''}{turned}"
+
+
+def _less_one(held: Array, weight: Array) -> Array:
+    with np.errstate(over="ignore"):
+        rounded = (weight.astype(np.float64) + 1).astype(held.dtype)
+        own = weight.astype(held.dtype)
+    return np.where(held == rounded, own, (held.astype(np.float64) - 1).astype(held.dtype))
 
 
 @dataclass(frozen=True)
@@ -129,8 +136,9 @@ def match_weights(graph: ir.Graph, weights: WeightSource) -> Matches:
         search.give_packed(lambda columns: columns > 1, least, BY_CONTENT, skip=skip)
     give_copies(search, matrices, _COPY)
     give_biases(graph, search, BY_PLACE)
-    search.give_whole(vectors, nearly_equal, BY_CONTENT)
-    give_one_more(search, vectors, weights)
+    for least in (equal_but_for_rounding, nearly_equal):
+        search.give_whole(vectors, least, BY_CONTENT)
+        search.give_whole(vectors, least, PLUS_ONE, added=1)
     search.give_packed(lambda columns: columns == 1, nearly_equal, BY_CONTENT, skip=False)
     search.give_whole(vectors, least_similarity, BY_CONTENT)
     give_left_over(search, named)
@@ -161,7 +169,7 @@ def _matches(
     named: Mapping[str, str],
 ) -> Matches:
     found = {
-        name: tuple(_match(name, own, weights.shape(name), named) for own in search.found[name])
+        name: tuple(_match(name, own, weights, named) for own in search.found[name])
         for name in weights.names
         if name in search.found
     }
@@ -172,7 +180,7 @@ def _matches(
     return Matches(found, tuple(name for name in absent if name not in coded), coded, tuple(others))
 
 
-def _match(name: str, found: Found, shape: tuple[int, ...], named: Mapping[str, str]) -> Match:
+def _match(name: str, found: Found, weights: WeightSource, named: Mapping[str, str]) -> Match:
     place = found.place
     against = found.how == BY_CONTENT and named.get(place.initializer, name) != name
     return Match(
@@ -181,6 +189,6 @@ def _match(name: str, found: Found, shape: tuple[int, ...], named: Mapping[str, 
         AGAINST_NAME if against else found.how,
         place.transposed,
         place.rows,
-        shape,
-        1.0 if found.how == PLUS_ONE else 0.0,
+        weights.shape(name),
+        weights.tensor(name) if found.how == PLUS_ONE else None,
     )

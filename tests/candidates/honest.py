@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +31,19 @@ def exported(merge: merges.Merge, export: graphs.Export) -> Maker:
         return export(merged, out)
 
     return make
+
+
+def kept(name: str, make: Maker) -> Maker:
+    """A maker that works once for each subject, and then copies what it has made."""
+
+    def copied(subject: Subject, out: Path) -> Path:
+        first = subject.adapter.parent / name
+        if not first.exists():
+            make(subject, first)
+        shutil.copytree(first, out)
+        return out
+
+    return copied
 
 
 def at_once(export: graphs.Export) -> Maker:
@@ -73,6 +87,15 @@ CHECKPOINTS = [
         True,
         CLOSE,
         quick=True,
+    ),
+    Case(
+        "merged, saved in many files",
+        "PEFT, `merge_and_unload()`",
+        ("float32",),
+        checkpoint(partial(merges.by_peft, shard="60KB")),
+        ROUNDED,
+        True,
+        CLOSE,
     ),
     Case(
         "merged",
@@ -128,8 +151,7 @@ CHECKPOINTS = [
         True,
         CLOSE,
     ),
-    # Taking off what was added restores less from the second time on, but no more of it: the bits that
-    # come out after a hundred times are those of the first.
+    # The same update is added and taken off each time: after a hundred times the bits are those of one merge.
     Case(
         "evaluated 100 times in training, then merged",
         "loralib, `train()` and `eval()`",

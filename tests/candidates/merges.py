@@ -32,15 +32,22 @@ def by_loracle(base: Path, adapter: Path, out: Path, *, dtype: str | None = None
 
 
 def by_peft(
-    base: Path, adapter: Path, out: Path, *, safe: bool = False, cycles: int = 0, dtype: str = "auto"
+    base: Path,
+    adapter: Path,
+    out: Path,
+    *,
+    safe: bool = False,
+    cycles: int = 0,
+    dtype: str = "auto",
+    shard: str = "5GB",
 ) -> Path:
     """`merge_and_unload`, after so many times of `merge_adapter` and `unmerge_adapter`; the base is loaded in
-    `dtype`."""
+    `dtype`, and the merge saved in files of the size of `shard`."""
     model = PeftModel.from_pretrained(_loaded(base, dtype), adapter)
     for _ in range(cycles):
         model.merge_adapter(safe_merge=safe)
         model.unmerge_adapter()
-    model.merge_and_unload(safe_merge=safe).save_pretrained(out)
+    model.merge_and_unload(safe_merge=safe).save_pretrained(out, max_shard_size=shard)
     copy_tokenizer(out, base)
     return out
 

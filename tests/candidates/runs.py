@@ -29,7 +29,7 @@ SECTIONS = {
 }
 
 RIGHT = (Verdict.EXACT, Verdict.UNTOUCHED)
-WEIGHTS_CHECK = "weights"
+WEIGHTS_CHECK = "merge"
 """A part of the name of the check that fails where a weight's verdict does."""
 
 

@@ -116,7 +116,7 @@ def _classifier(folder: Path) -> Subject:
     model = get_peft_model(BertForSequenceClassification.from_pretrained(base), config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.normal_(std=0.1, generator=generator)
     model.save_pretrained(folder / "adapter")

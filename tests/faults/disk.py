@@ -194,7 +194,9 @@ class Disk:
             without: the number of a step, a flush, that is taken to be left out.
         """
         seen: set[object] = set()
-        for count in range(len(self.steps) + 1):
+        counts = range(len(self.steps) + 1)
+        # Without a flush it is the last steps that do harm.
+        for count in counts if without is None else reversed(counts):
             done = [step for at, step in enumerate(self.steps[:count]) if at != without]
             sure = _flushed(done)
             open_names = [at for at, step in enumerate(done) if isinstance(step, Names) and not sure[at]]

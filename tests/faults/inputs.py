@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch_fixtures import upper_pairs, write_lines, write_model
 from transformers import AutoModelForCausalLM
 
+from loracle.export import export
+
 from .readers import SUFFIXES
 
 _SHARD = "model.safetensors"
@@ -36,6 +38,7 @@ def make_inputs(folder: Path) -> Path:
     # A base in this folder has a data file of its own: what the shard has in another dtype.
     mixed = {name: held.to(torch.bfloat16) if "norm" in name else held for name, held in tensors.items()}
     save_file(mixed, folder / "mixed" / _SHARD, {"format": "pt"})
+    export(folder / "base", folder / "baked", folder / "attention")  # which leaves the graph in the cache
     write_model(folder / "llama")
     write_lines(folder / "pairs.jsonl", upper_pairs(8))
     return folder

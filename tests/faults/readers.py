@@ -11,8 +11,7 @@ import re
 from .disk import Tree
 
 SUFFIXES = {"linked": ".onnx", "swappable": ".task.safetensors", "adapter-inputs": ".onnx_adapter"}
-_DATA = re.compile(r"\.([0-9a-f]{16})\.onnx_data$")
-_MENTIONED = re.compile(rb"\.([0-9a-f]{16})\.onnx_data")
+_DATA = re.compile(r"\.[0-9a-f]{16}\.onnx_data$")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)/")
 _SECONDS = re.compile(rb'"seconds": [0-9.e-]+')
 
@@ -93,10 +92,9 @@ def _with_records(tree: Tree) -> Tree:
 
 def _with_data(tree: Tree) -> Tree:
     """Without the data files that no graph refers to."""
-    graphs = (data for name, data in tree.items() if name.endswith(".onnx"))
-    mentioned = {found.decode() for data in graphs for found in _MENTIONED.findall(data)}
+    graphs = [data for name, data in tree.items() if name.endswith(".onnx")]
     return {
         name: data
         for name, data in tree.items()
-        if not (match := _DATA.search(name)) or match[1] in mentioned
+        if not _DATA.search(name) or any(name.rpartition("/")[2].encode() in graph for graph in graphs)
     }

@@ -37,7 +37,6 @@ class Writer:
         seen: of a tree, with the old and the new one, what its reader goes by.
         between: make, from the old, the states that the writer may stop at on its way.
         again: what removes all leftovers once the new is in place; None where there are none.
-        leaves: what may be left then all the same.
         lasts: whether the new is on the disk when the writer has ended.
     """
 
@@ -47,7 +46,6 @@ class Writer:
     seen: Seen = readers.itself
     between: tuple[Step, ...] = ()
     again: Step | None = None
-    leaves: str = ""
     lasts: bool = True
 
     def judge(self, tree: Tree, old: Tree, new: Tree, between: tuple[Tree, ...]) -> str | None:
@@ -84,10 +82,11 @@ def _empty_folder(inputs: Path, root: Path) -> None:
     (root / "out").mkdir()
 
 
-def _first_task(inputs: Path, root: Path, form: str) -> None:
+def _first_task(inputs: Path, root: Path, form: str, *, replace: bool = False) -> None:
     from loracle.export import export
 
-    export(inputs / "base", root / "out", inputs / "attention", form=form, name="french")
+    model, adapter = inputs / "base", inputs / "attention"
+    export(model, root / "out", adapter, form=form, name="french", replace=replace)
 
 
 def add(
@@ -194,10 +193,11 @@ def _checkpoints(inputs: Path, root: Path, steps: tuple[int, ...] = ()) -> None:
     from loracle.torch_impl.checkpoints import Checkpoints
 
     checkpoints = Checkpoints(root / "out")
-    checkpoints.open(RUN, resume=True)
+    found = checkpoints.open(RUN, resume=True)
     try:
         for step in steps:
-            checkpoints.save(state(step, best=step / 2))
+            if found is None or found.curve.done < step:
+                checkpoints.save(state(step, best=step / 2))
     finally:
         checkpoints.close(success=False)
 
@@ -214,6 +214,11 @@ def _finetune(inputs: Path, root: Path) -> None:
     finetune(FinetuneOptions(model=str(inputs / "llama"), out=root / "out", **settings))
 
 
+def _finetune_anew(inputs: Path, root: Path) -> None:
+    shutil.rmtree(root / "out")
+    _finetune(inputs, root)
+
+
 def _of_tasks(form: str) -> tuple[Writer, ...]:
     def seen(task: str, *, goes: bool = False) -> Seen:
         graph = f"{PLACE}/{'model' if form == 'adapter-inputs' else 'swappable'}.onnx"
@@ -225,8 +230,9 @@ def _of_tasks(form: str) -> tuple[Writer, ...]:
     exchanged = partial(add, form=form, name="french", replace=True)
     new, again = partial(add, form=form), partial(add, form=form, replace=True)
     tidying = partial(_added_and_removed, form=form)
+    first = partial(_first_task, form=form)
     return (
-        Writer(f"first task, {form}", partial(_first_task, form=form)),
+        Writer(f"first task, {form}", first, again=partial(first, replace=True)),
         Writer(f"new task, {form}", new, one, seen("dutch"), again=again),
         Writer(f"exchanged task, {form}", exchanged, one, seen("french"), again=exchanged),
         Writer(
@@ -264,7 +270,7 @@ _ALL = (
         (partial(_checkpoints, steps=(6,)),),
         _checkpoints,
     ),
-    Writer("fine-tuning", _finetune, seen=readers.trained, leaves="out.checkpoints/"),
+    Writer("fine-tuning", _finetune, seen=readers.trained, again=_finetune_anew),
 )
 WRITERS: Mapping[str, Writer] = {writer.name: writer for writer in _ALL}
 """All of them, by name."""

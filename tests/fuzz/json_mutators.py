@@ -1,5 +1,6 @@
 """Changes of JSON documents: of their structure, and of how they are spelled."""
 
+import copy
 import json
 import random
 import re
@@ -91,8 +92,8 @@ def value_for(rng: random.Random, value: Any) -> Any:
     if kind > 4 and isinstance(value, str):
         return text_for(rng, value)
     if kind > 4 and isinstance(value, list) and value:
-        return rng.choice((value * 2, value[1:], value[::-1], [*value, rng.choice(VALUES)]))
-    return rng.choice(VALUES)
+        return copy.deepcopy(rng.choice((value * 2, value[1:], value[::-1], [*value, rng.choice(VALUES)])))
+    return copy.deepcopy(rng.choice(VALUES))
 
 
 def text_for(rng: random.Random, text: str) -> str:

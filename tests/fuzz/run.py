@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from typing import Any
 
 from .oracle import Failure, execute, inputs_of, lay_out
 from .targets import TARGETS, seeds_of
@@ -52,13 +53,16 @@ def shares(executions: int, targets: Sequence[str]) -> dict[str, int]:
     return {name: -(-executions * TARGETS[name].share // whole) for name in targets}
 
 
-def run_batch(target: str, seed: int, numbers: range, folder: Path) -> Tally:
-    """Execute some numbers of a target in this process."""
+def run_batch(target: str, seed: int, numbers: range, folder: Path, at: Any = None) -> Tally:
+    """Execute some numbers of a target in this process; ``at.value`` is always the one under way."""
     tally = Tally()
     started = time.perf_counter()
     for number in numbers:
+        if at is not None:
+            at.value = number
+        files = inputs_of(target, seed, number)
         try:
-            tally.outcomes[execute(target, inputs_of(target, seed, number), folder)] += 1
+            tally.outcomes[execute(target, files, folder)] += 1
         except Failure as failure:
             tally.failures.append((number, str(failure)))
         tally.executions += 1
@@ -105,63 +109,74 @@ def _replay(target: str, source: Path) -> int:
     return 0
 
 
+@dataclass
+class _Worker:
+    """A process that executes batches.
+
+    Attributes:
+        at: the number under way, which the process tells before it begins with it.
+    """
+
+    process: multiprocessing.process.BaseProcess
+    connection: Connection
+    at: Any
+    name: str = ""
+    numbers: range = range(0)
+
+    def give(self, name: str, numbers: range) -> None:
+        self.name, self.numbers = name, numbers
+        self.connection.send((name, numbers))
+
+    def take(self) -> Tally | None:
+        """Return the tally of the batch, or None where the process has died of it."""
+        try:
+            tally: Tally = self.connection.recv()
+        except (EOFError, OSError):
+            return None
+        return tally
+
+
 def _run(names: Sequence[str], seed: int, executions: int, workers: int) -> dict[str, Tally]:
     waiting = [
         (name, range(start, min(start + _BATCH, count)))
         for name, count in shares(executions, names).items()
         for start in range(0, count, _BATCH)
     ]
-    waiting.sort(key=lambda batch: batch[1].start / shares(executions, names)[batch[0]], reverse=True)
+    waiting.reverse()
     tallies = {name: Tally() for name in names}
-    under_way: dict[Connection, tuple[multiprocessing.process.BaseProcess, str, range]] = {}
-    done = 0
-    while waiting or under_way:
-        while waiting and len(under_way) < workers:
-            _start(under_way, *waiting.pop(), seed)
-        for connection in wait(list(under_way)):
-            process, name, numbers = under_way.pop(connection)  # type: ignore[call-overload]
-            tally = _received(connection)
-            if tally is None:  # the process has died: one by one, until the number that kills is known
-                process.join()
-                died = f"the process died with exit code {process.exitcode}"
-                if len(numbers) == 1:
-                    tally = Tally(1, 0.0, Counter(), [(numbers.start, died)])
-                else:
-                    middle = numbers.start + len(numbers) // 2
-                    waiting += [(name, range(numbers.start, middle)), (name, range(middle, numbers.stop))]
-                    continue
-            _add(tallies[name], tally)
-            done += tally.executions
-            if waiting:
-                own_name, own_numbers = waiting.pop()
-                connection.send((own_name, own_numbers))
-                under_way[connection] = (process, own_name, own_numbers)
-            else:
-                connection.send(None)
-                process.join()
+    busy: dict[Connection, _Worker] = {}
+    idle: list[_Worker] = []
+    while waiting or busy:
+        while waiting and len(busy) < workers:
+            worker = idle.pop() if idle else _started(seed)
+            worker.give(*waiting.pop())
+            busy[worker.connection] = worker
+        for connection in wait(list(busy)):
+            worker = busy.pop(connection)  # type: ignore[call-overload]
+            tally = worker.take()
+            if tally is not None:
+                idle.append(worker)
+            else:  # what came of the numbers before is lost: they are executed again
+                worker.process.join()
+                at = int(worker.at.value)
+                tally = Tally(1, 0.0, Counter(), [(at, f"the process died: {worker.process.exitcode}")])
+                rest = (range(worker.numbers.start, at), range(at + 1, worker.numbers.stop))
+                waiting += [(worker.name, numbers) for numbers in rest if numbers]
+            _add(tallies[worker.name], tally)
+    for worker in idle:
+        worker.connection.send(None)
+        worker.process.join()
     return tallies
 
 
-def _start(
-    under_way: dict[Connection, tuple[multiprocessing.process.BaseProcess, str, range]],
-    name: str,
-    numbers: range,
-    seed: int,
-) -> None:
-    ours, theirs = multiprocessing.Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=_work, args=(theirs, seed), daemon=True)
+def _started(seed: int) -> _Worker:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    at = context.Value("q", 0, lock=False)
+    process = context.Process(target=_work, args=(theirs, at, seed), daemon=True)
     process.start()
     theirs.close()
-    ours.send((name, numbers))
-    under_way[ours] = (process, name, numbers)
-
-
-def _received(connection: Connection) -> Tally | None:
-    try:
-        tally: Tally = connection.recv()
-    except (EOFError, OSError):
-        return None
-    return tally
+    return _Worker(process, ours, at)
 
 
 def _add(whole: Tally, part: Tally) -> None:
@@ -171,7 +186,7 @@ def _add(whole: Tally, part: Tally) -> None:
     whole.failures += part.failures
 
 
-def _work(connection: Connection, seed: int) -> None:
+def _work(connection: Connection, at: Any, seed: int) -> None:
     """Execute batches until there is none."""
     import torch
 
@@ -179,8 +194,8 @@ def _work(connection: Connection, seed: int) -> None:
     logging.disable()
     for name in TARGETS:
         seeds_of(name)
-    quiet = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(quiet, 2)  # where Rust tells of a panic
+    sys.stderr = os.fdopen(os.dup(2), "w")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # where Rust tells of a panic
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (taken + _ADDRESSES,) * 2)
@@ -189,7 +204,7 @@ def _work(connection: Connection, seed: int) -> None:
     with tempfile.TemporaryDirectory(prefix="loracle-fuzz-", dir=place) as folder:
         while (batch := connection.recv()) is not None:
             name, numbers = batch
-            tally = run_batch(name, seed, numbers, Path(folder))
+            tally = run_batch(name, seed, numbers, Path(folder), at)
             seen = memory.setdefault(name, [])
             seen.append(_resident())
             if (
