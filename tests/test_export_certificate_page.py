@@ -72,7 +72,13 @@ class Page(HTMLParser):
 
 
 def _page(found: VerifyReport) -> Page:
-    return Page(render(certificate_of(found, {"exact": None, "prompts": "p.txt"})))
+    return Page(
+        render(
+            certificate_of(
+                found, {"exact": False, "outputs": True, "rows": 0, "data": None, "base_onnx": "b"}
+            )
+        )
+    )
 
 
 RIGHT, ROUNDED = (
@@ -190,8 +196,17 @@ def test_files_versions_options_and_clauses_are_listed() -> None:
         assert own.sha256 in page.text
         assert own.files[0].sha256 in page.text
         assert own.path in page.text
-    for said in ("exact by default", "prompts p.txt", "2 Merge is correctly rounded.", "loracle 0."):
+    for said in (
+        "exact no",
+        "outputs yes",
+        "rows 0",
+        "base onnx b",
+        "2 Merge is correctly rounded.",
+        "loracle 0.",
+    ):
         assert said in page.words
+    assert "data None" not in page.words
+    assert "Options" not in Page(render(certificate_of(found, {"data": None}))).words
 
 
 @pytest.mark.parametrize("text", [MARKUP, CONTROLS], ids=["markup", "controls"])
@@ -354,7 +369,7 @@ def test_the_table_says_how_far_off_an_entry_is(most: int, said: str) -> None:
 )
 def test_sizes_have_three_digits(size: int, shown: str) -> None:
     found = report(RIGHT)
-    one = replace(found.inputs[2], files=(replace(found.inputs[2].files[0], bytes=size),))
+    one = replace(found.inputs[2], files=(replace(found.inputs[2].files[0], size=size),))
     assert f"checkpoint, 1 files, {shown} SHA-256" in _page(replace(found, inputs=(one,))).words
 
 

@@ -46,7 +46,7 @@ def test_the_digest_of_a_folder_is_what_sha256sum_makes_of_it(tmp_path: Path) ->
     files = _files(tmp_path, **{name: name.encode() for name in names})
     found = InputDigest("base", "checkpoint", str(tmp_path), digest_files(files))
     assert [file.name for file in found.files] == list(names)
-    assert found.bytes == sum(len(name.encode()) for name in names)
+    assert found.size == sum(len(name.encode()) for name in names)
     command = ["bash", "-c", 'set -o pipefail; sha256sum -- "$@" | LC_ALL=C sort | sha256sum', "-", *names]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert found.sha256 == said.split()[0]

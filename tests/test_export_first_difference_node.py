@@ -285,8 +285,8 @@ def test_the_words_for_each_kind_of_fault() -> None:
         "Add y; n and k alike"
     )
     assert said(INPUT, ("a", "b"), ()) == (
-        "m: its input is off by 0.25 (tolerance 1e-05), though it is computed from what is right, a and b, and "
-        "from nothing else: what should come between is missing"
+        "m: its input is off by 0.25 (tolerance 1e-05), though it is computed from what is right, a and b, "
+        "and from nothing else: what should come between is missing"
     )
     many = (*(f"Mul {number}" for number in range(6)), "Add 6", "Cast to float16 7")
     assert said(INPUT, ("a",), many).endswith(

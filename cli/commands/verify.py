@@ -111,7 +111,7 @@ def command(
         if record and task is None:
             raise ConfigError("--record: expected a task of a deployment, got none; give its --name")
         lines = None if prompts is None else _lines(prompts)
-        writers = _writers(certificate, html, (candidate, model, adapter, prompts))
+        writers = _writers(certificate, html, (candidate, model, adapter, prompts, data, base_onnx))
         with bar("comparing tensors", quiet=as_json) as advance:
             report = verify(
                 candidate,
@@ -136,10 +136,17 @@ def command(
         if report.inputs:
             given = {
                 "name": name,
+                "rank": rank,
+                "alpha": alpha,
+                "fan_in_fan_out": fan_in_fan_out or None,
+                "enable_lora": None if enable_lora is None else " ".join(enable_lora),
                 "prompts": None if prompts is None else str(prompts),
+                "data": None if data is None else str(data),
+                "rows": rows,
+                "base_onnx": None if base_onnx is None else str(base_onnx),
                 "exact": exact,
                 "outputs": outputs,
-                "trust_remote_code": trust_remote_code,
+                "trust_remote_code": trust_remote_code or None,
             }
             certified = certificate_of(report, given)
             for write in writers:

@@ -24,7 +24,7 @@ class FileDigest:
     """One file: its name in the folder that was given, its size, and its SHA-256 in hexadecimal digits."""
 
     name: str
-    bytes: int
+    size: int
     sha256: str
 
     def line(self) -> bytes:
@@ -35,7 +35,7 @@ class FileDigest:
 
     def to_json(self) -> dict[str, Any]:
         """The fields."""
-        return {"name": self.name, "bytes": self.bytes, "sha256": self.sha256}
+        return {"name": self.name, "bytes": self.size, "sha256": self.sha256}
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class InputDigest:
         return Path(os.path.abspath(self.path)).name or self.path
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Of all files."""
-        return sum(file.bytes for file in self.files)
+        return sum(file.size for file in self.files)
 
     @property
     def sha256(self) -> str:
@@ -85,7 +85,7 @@ class InputDigest:
             "name": self.name,
             "path": self.path,
             "kind": self.kind,
-            "bytes": self.bytes,
+            "bytes": self.size,
             "sha256": self.sha256,
             "files": [file.to_json() for file in self.files],
         }

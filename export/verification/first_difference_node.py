@@ -145,7 +145,8 @@ def first_difference(
     for place, own in gaps:
         for terms, gap in own.items():
             if not gap.is_inside:
-                if not inside[id(place)]:
+                # Another module's output may be read, and be right as that.
+                if not inside[id(place)] and place.side == OUTPUT:
                     wrong.update(terms)
             elif len(terms) == 1:
                 right[terms[0]][place.side].append(place.module)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
-
-import onnx_ir as ir
 
 from loracle.files.sidecar import CONFIG_FILE
 from loracle.reference import FileError
 
 from ..architecture import check_supported
 from ..external import load_graph, parse_graph
-from ..names import GRAPH_FILE, GRAPH_SUFFIX, PIXEL_VALUES, TOKEN_TYPE_IDS
+from ..names import GRAPH_FILE, GRAPH_SUFFIX
 from ..options import OPTIONS_KEY
-from ..tasks import Task
-from ..texts import Texts, texts_of
 from .asked import Asked, Found
 from .foreign_candidate import judge_foreign
 from .foreign_outputs import check_foreign_outputs
@@ -23,8 +18,8 @@ from .graph_content import describe_graph
 from .graph_summary import foreign_graph_summary
 from .input_files import onnx_files
 from .judge import Judge
-from .outputs_check import OutputsResult
-from .weight_matching import Matches, match_weights
+from .located import located, texts_for
+from .weight_matching import match_weights
 from .weights_check import weights_check
 
 
@@ -61,11 +56,7 @@ def verify_foreign(graph: Path, asked: Asked) -> Found:
     left_out = asked.outputs_left_out()
     if left_out is not None:
         return Found((*checks, left_out), verdicts, graph=summary, file=graph, model=model)
-    inputs = {str(value.name) for value in model.graph.inputs}
-    texts = None
-    if PIXEL_VALUES not in inputs:
-        folder = graph.parent if (graph.parent / "tokenizer.json").is_file() else asked.model_dir
-        texts = texts_of(folder, weights.config, asked.prompts, pairs=TOKEN_TYPE_IDS in inputs)
+    texts = texts_for(model, graph, asked)
     outputs = check_foreign_outputs(
         graph,
         model,
@@ -77,36 +68,5 @@ def verify_foreign(graph: Path, asked: Asked) -> Found:
         asked.new_tokens,
         asked.trusted,
     )
-    outputs = _located(outputs, graph, model, matches, task, texts, asked)
+    outputs = located(outputs, graph, model, matches, task, texts, asked)
     return Found((*checks, *outputs.checks), verdicts, outputs, graph=summary, file=graph, model=model)
-
-
-def _located(
-    outputs: OutputsResult,
-    graph: Path,
-    model: ir.Model,
-    matches: Matches,
-    task: Task,
-    texts: Texts | None,
-    asked: Asked,
-) -> OutputsResult:
-    """The outputs' checks; the first that fails says in which node the difference arises."""
-    failed = next((check for check in outputs.checks if not check.passed), None)
-    if failed is None:
-        return outputs
-    from .first_difference_node import first_difference_node
-
-    first = first_difference_node(
-        graph,
-        model,
-        matches,
-        task,
-        asked.model_dir,
-        asked.adapter,
-        asked.weights.config,
-        texts,
-        trusted=asked.trusted,
-    )
-    line = "the graph's values are right as far as they can be compared" if first is None else str(first)
-    told = replace(failed, failures=(*failed.failures, line))
-    return replace(outputs, checks=tuple(told if check is failed else check for check in outputs.checks))

@@ -96,6 +96,8 @@ def labelled_rows(
     shown = f"{len(encoded.examples)} of {len(examples)} examples of {Path(data).name}"
     if encoded.shortened:
         shown += f", {encoded.shortened} of them cut at {longest} tokens"
+    if encoded.left_out:
+        shown += f", {encoded.left_out} left out"
     # Tokens to be guessed are the same ones each time.
     return LabelledRows(learned, tuple(held_out_batches(learned, encoded, tokenizer, 1, seed=0)), shown)
 

@@ -15,6 +15,7 @@ from ..names import GRAPH_FILE
 from ..write import Progress
 from .adapter_summary import adapter_summary
 from .asked import DATA_ROWS, Asked, Found
+from .base_folder import base_folder
 from .candidate import is_exported
 from .checkpoint_candidate import verify_checkpoint
 from .digests import Digests
@@ -64,7 +65,8 @@ def verify(
     adapter changes and no others, in the graph that has them among its inputs.
 
     Args:
-        candidate_dir: a folder, or the file of one task of a deployment.
+        candidate_dir: a folder, a graph, or the file of one task of a deployment.
+        model_dir: the base model's folder, or its name on a hub.
         name: of a task in the folder; None for its base, or where `candidate_dir` is a task's file.
         loralib: where `adapter_dir` is the file of a loralib state dict, what that does not hold.
         prompts: what outputs are compared on; None for our own, or without a tokenizer seeded tokens.
@@ -85,6 +87,7 @@ def verify(
     Raises:
         LoracleError: an input is missing or malformed. A failed check is in the report, not an error.
     """
+    given, model_dir = model_dir, base_folder(model_dir)
     folder, name = task_in_path(Path(candidate_dir), name)
     opened = None if name is None else open_task(folder, name)
     with Checkpoint(model_dir) as checkpoint, Digests() as running:
@@ -105,7 +108,7 @@ def verify(
             progress,
         )
         if digests:
-            running.add(checkpoint_files(checkpoint, "base", model_dir))
+            running.add(checkpoint_files(checkpoint, "base", given))
         if digests and adapter_dir is not None:
             running.add(adapter_files(adapter_dir))
         found = _found(folder, opened, asked)
@@ -115,7 +118,7 @@ def verify(
         inputs = running.wait()
     return VerifyReport(
         str(candidate_dir if opened is None else opened.task.files[0]),
-        str(model_dir),
+        str(given),
         None if adapter_dir is None else str(adapter_dir),
         found.checks if metric is None else (*found.checks, metric.check),
         found.outputs.error,

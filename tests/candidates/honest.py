@@ -14,6 +14,8 @@ from .subjects import Subject
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROUNDED = (Verdict.EXACT, Verdict.ROUNDED_TWICE, Verdict.WITHIN_ULPS)
+OUTPUTS = "logits"
+"""A part of the name of the check of outputs."""
 USE = "use it"
 CLOSE = "use it; `--exact` asks for one rounding, which `loracle merge` does"
 

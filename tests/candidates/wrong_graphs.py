@@ -11,8 +11,8 @@ from loracle.export.verification.verdict import Verdict
 
 from . import graph_faults, graphs, merges, sabotage
 from .case import Case, Maker
-from .honest import at_once, exported, kept
-from .sabotage import NORM, Q0, Q1, UP0, V1, Fault
+from .honest import OUTPUTS, at_once, exported, kept
+from .sabotage import K0, NORM, Q0, Q1, UP0, V0, V1, Fault
 from .subjects import Subject
 from .wrong import EXACT, FLOAT32, MERGE_AGAIN, ONCE, RESTORE, SCALE, WHICH, root_of_rank
 
@@ -59,8 +59,6 @@ RIGHT: dict[str, Maker] = {
     "loracle export": kept("exported", at_once(graphs.by_loracle)),
     "genai builder": kept("built", exported(merges.by_loracle, graphs.by_genai)),
 }
-OUTPUTS = "logits"
-"""A part of the name of the check of outputs."""
 
 
 def graph_of(
@@ -126,6 +124,16 @@ GRAPHS = [
         tools=tuple(EXPORTERS),
     ),
     *graph_of(
+        "two layers' weights exchanged",
+        sabotage.layers_exchanged,
+        named=dict.fromkeys((Q0, Q1), Verdict.UNEXPLAINED),
+    ),
+    *graph_of(
+        "key and value exchanged",
+        sabotage.key_and_value_exchanged,
+        named={K0: Verdict.CHANGED, V0: Verdict.UNEXPLAINED},
+    ),
+    *graph_of(
         "an untouched weight cast through bfloat16",
         sabotage.untouched_through_bfloat16,
         named={UP0: Verdict.ROUNDED_TWICE},
@@ -173,7 +181,7 @@ GRAPHS = [
         failing=(OUTPUTS,),
     ),
     _graph_fault(
-        "a wrong epsilon in one norm", "loracle export", graph_faults.other_epsilon, (NODES,), REBUILD
+        "a wrong epsilon in one norm", "loracle export", graph_faults.other_epsilon, (NODES, OUTPUTS), REBUILD
     ),
     _graph_fault(
         "a wrong epsilon in one norm", "genai builder", graph_faults.other_epsilon, (OUTPUTS,), REBUILD

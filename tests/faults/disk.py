@@ -1,27 +1,17 @@
-"""What a disk may hold after the power has gone: of what was not flushed, anything.
-
-A file's bytes are on the disk once the file was flushed after them; a name, of a file or folder, once the
-folder was flushed that it is in. Until then each is there or not, whatever came before or after: file systems
-write them in an order of their own. A rename is one step. Of a file's bytes that were not flushed there are
-none, half, or zeros in their place. This is what POSIX allows, and more than journaling file systems do.
-"""
+"""Files and folders as the calls of a process leave them, step by step."""
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import combinations
 from pathlib import Path
 
 from .calls import Call
 
 Tree = dict[str, bytes]
 """Paths below a folder and their content; those of folders end in a slash and have none."""
-
-_ALL_SUBSETS = 5
-Bytes = Callable[[bytearray], None]
 
 
 def read_tree(root: Path) -> Tree:
@@ -82,6 +72,7 @@ class Disk:
     held: dict[int, dict[str, int]] = field(default_factory=lambda: {0: {}})
     steps: list[Step] = field(default_factory=list)
     _names: dict[int, dict[str, int]] = field(default_factory=dict)
+    _made: dict[tuple[int, ...], bytes] = field(default_factory=dict)
 
     @staticmethod
     def replay(root: str, before: Tree, calls: Sequence[Call]) -> Disk:
@@ -168,12 +159,12 @@ class Disk:
     def after(self, steps: Sequence[Step]) -> Tree:
         """What a tree is when these steps, and no others, are on the disk."""
         names = {number: dict(held) for number, held in self.held.items()}
-        files = {number: bytearray(content) for number, content in self.start.items()}
+        written: dict[int, list[Content]] = {}
         for step in steps:
             if isinstance(step, Names):
                 _apply(step.changes, names)
             elif isinstance(step, Content):
-                _write(files[step.file], step)
+                written.setdefault(step.file, []).append(step)
         tree: Tree = {}
 
         def walk(folder: int, path: str) -> None:
@@ -182,35 +173,21 @@ class Disk:
                     tree[f"{path}{name}/"] = b""
                     walk(number, f"{path}{name}/")
                 else:
-                    tree[f"{path}{name}"] = bytes(files[number])
+                    tree[f"{path}{name}"] = self._content(number, written.get(number, ()))
 
         walk(0, "")
         return tree
 
-    def crashes(self, without: int | None = None) -> Iterator[tuple[int, Tree]]:
-        """How many steps were made, and what may be on the disk when the power goes then.
-
-        Args:
-            without: the number of a step, a flush, that is taken to be left out.
-        """
-        seen: set[object] = set()
-        counts = range(len(self.steps) + 1)
-        # Without a flush it is the last steps that do harm.
-        for count in counts if without is None else reversed(counts):
-            done = [step for at, step in enumerate(self.steps[:count]) if at != without]
-            sure = _flushed(done)
-            open_names = [at for at, step in enumerate(done) if isinstance(step, Names) and not sure[at]]
-            open_files = sorted(
-                {step.file for at, step in enumerate(done) if isinstance(step, Content) and not sure[at]}
-            )
-            for lost in _lost(open_names):
-                for how in _ways(open_files, few=bool(lost)):
-                    kept = tuple(_kept(done, sure, lost, how))
-                    key = tuple(map(id, kept)) if not how else (len(done), lost, tuple(how.items()))
-                    last = count == len(self.steps)
-                    if (key, last) not in seen:
-                        seen.add((key, last))
-                        yield count, self.after(kept)
+    def _content(self, file: int, steps: Sequence[Content]) -> bytes:
+        if not steps:
+            return self.start[file]
+        key = (file, *map(id, steps))
+        if key not in self._made:
+            content = bytearray(self.start[file])
+            for step in steps:
+                _write(content, step)
+            self._made[key] = bytes(content)
+        return self._made[key]
 
 
 def _apply(changes: Sequence[tuple[int, str, int | None]], names: dict[int, dict[str, int]]) -> None:
@@ -228,57 +205,3 @@ def _write(file: bytearray, step: Content) -> None:
         return
     file.extend(bytes(max(0, step.offset - len(file))))
     file[step.offset : step.offset + len(step.data)] = step.data
-
-
-def _flushed(steps: Sequence[Step]) -> list[bool]:
-    """Of each step, whether it is on the disk for sure."""
-    flushed: set[int] = set()
-    sure = []
-    for step in reversed(steps):
-        if isinstance(step, Flush):
-            flushed.add(step.what)
-            sure.append(True)
-        else:
-            sure.append((step.by if isinstance(step, Names) else step.file) in flushed)
-    return sure[::-1]
-
-
-def _lost(at: Sequence[int]) -> Iterator[frozenset[int]]:
-    """Which of some changes are lost: any, or, of many, all but the first few, all but one, and one alone."""
-    if len(at) <= _ALL_SUBSETS:
-        for size in range(len(at) + 1):
-            yield from map(frozenset, combinations(at, size))
-        return
-    yield from (frozenset(at[start:]) for start in range(len(at) + 1))
-    for one in at:
-        yield frozenset({one})
-        yield frozenset(at) - {one}
-
-
-def _ways(files: Sequence[int], *, few: bool) -> Iterator[dict[int, str]]:
-    """What becomes of the bytes of files that were not flushed; nothing is said of those that are whole."""
-    yield {}
-    if files:
-        for way in ("none", "zeros", "half"):
-            yield dict.fromkeys(files, way)
-        if len(files) > 1 and not few:
-            yield from ({file: "none"} for file in files)
-
-
-def _kept(
-    steps: Sequence[Step], sure: Sequence[bool], lost: frozenset[int], how: Mapping[int, str]
-) -> Iterator[Step]:
-    """The steps that are on the disk, or what there is of them."""
-    for at, step in enumerate(steps):
-        if isinstance(step, Content) and not sure[at] and step.file in how:
-            way, data = how[step.file], step.data
-            if way == "none":
-                continue
-            if data is not None and way == "zeros":
-                yield Content(step.file, step.offset, bytes(len(data)))
-            elif data is not None:
-                yield Content(step.file, step.offset, data[: len(data) // 2])
-            else:
-                yield step
-        elif at not in lost:
-            yield step

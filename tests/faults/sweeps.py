@@ -10,9 +10,10 @@ from functools import partial
 from pathlib import Path
 
 from .calls import Call
-from .disk import Disk, Flush, Tree, read_tree, write_tree
+from .disk import Disk, Flush, Step, Tree, read_tree, write_tree
+from .outages import Outages
 from .supervised import ERRORS, FAULTS, Ended, Fault, run
-from .writers import LEFT, WRITERS, Step
+from .writers import LEFT, WRITERS, Act
 
 
 @dataclass
@@ -50,14 +51,14 @@ class Bench:
         self.root.mkdir()
         write_tree(tree, self.root)
 
-    def do(self, step: Step) -> Ended:
+    def do(self, step: Act) -> Ended:
         """Do something without a fault. Raises RuntimeError where it fails."""
         ended = self.run(step)
         if ended.how != "done":
             raise RuntimeError(f"{self.writer.name}: {ended.how}: {ended.message}")
         return ended
 
-    def run(self, step: Step, fault: Fault | None = None) -> Ended:
+    def run(self, step: Act, fault: Fault | None = None) -> Ended:
         """Do something, with one fault or none, in a process of its own."""
         return run(partial(step, self._inputs, self.root), str(self.root), fault)
 
@@ -165,17 +166,17 @@ def needless_flushes(name: str, inputs: Path, scratch: Path) -> Found:
     bench, found = Bench(name, inputs, scratch), Found()
     disk = Disk.replay(str(bench.root), bench.old, bench.calls)
     flushed = [call.path for call in bench.calls if call.kind == "flush"]
-    flushes = [at for at, step in enumerate(disk.steps) if isinstance(step, Flush)]
-    for at, path in zip(flushes, flushed, strict=True):
-        needed = next(iter(_broken(bench, disk, Counter(), without=at)), None) is not None
+    flushes = [step for step in disk.steps if isinstance(step, Flush)]
+    for flush, path in zip(flushes, flushed, strict=True):
+        needed = next(iter(_broken(bench, disk, Counter(), without=flush)), None) is not None
         found.counts["needed" if needed else "needless"] += 1
         if not needed:
             found.wrong.append(f"{name}: the flush of {LEFT.sub('/left/', path)} is not needed")
     return found
 
 
-def _broken(bench: Bench, disk: Disk, counts: Counter[str], without: int | None = None) -> Iterable[str]:
-    for count, tree in disk.crashes(without):
+def _broken(bench: Bench, disk: Disk, counts: Counter[str], without: Step | None = None) -> Iterable[str]:
+    for count, tree in Outages(disk).states(without):
         state = bench.judge(tree)
         counts[f"outages: {state}"] += 1
         if state is None:

@@ -13,7 +13,7 @@ from .disk import Tree, read_tree, write_tree
 from .readers import SUFFIXES
 from .supervised import Child, Ended, run
 from .sweeps import Found
-from .writers import LEFT, PLACE, WRITERS, Step, add
+from .writers import LEFT, PLACE, WRITERS, Act, add
 
 Outcome = tuple[str, str, Tree]
 
@@ -21,7 +21,7 @@ Outcome = tuple[str, str, Tree]
 class Pair:
     """Two things that are done to one folder."""
 
-    def __init__(self, before: str, first: Step, second: Step, inputs: Path, scratch: Path) -> None:
+    def __init__(self, before: str, first: Act, second: Act, inputs: Path, scratch: Path) -> None:
         self.root = scratch / "root"
         self._before: Tree = {}
         self.restore()
@@ -157,8 +157,8 @@ def _other_export(inputs: Path, root: Path) -> None:
     export(inputs / "base", root / "out", inputs / "mlp")
 
 
-def _pairs() -> Iterable[tuple[str, tuple[str, Step, Step, bool]]]:
-    def work(name: str) -> Step:
+def _pairs() -> Iterable[tuple[str, tuple[str, Act, Act, bool]]]:
+    def work(name: str) -> Act:
         return WRITERS[name].work
 
     yield "file", ("file", work("file"), _of_file, False)
@@ -172,7 +172,7 @@ def _pairs() -> Iterable[tuple[str, tuple[str, Step, Step, bool]]]:
     for form in SUFFIXES:
         exchanged = work(f"exchanged task, {form}")
         other: Callable[..., object] = partial(add, form=form, adapter="wide")
-        against: Mapping[str, tuple[str, Step]] = {
+        against: Mapping[str, tuple[str, Act]] = {
             "exchanged": ("exchanged task", partial(other, name="french", replace=True)),
             "removed": ("removed task", work(f"removed task, {form}")),
             "renamed": ("renamed task", work(f"renamed task, {form}")),
@@ -182,6 +182,6 @@ def _pairs() -> Iterable[tuple[str, tuple[str, Step, Step, bool]]]:
         yield f"new twice, {form}", (f"new task, {form}", work(f"new task, {form}"), other, False)
 
 
-PAIRS: Mapping[str, tuple[str, Step, Step, bool]] = dict(_pairs())
+PAIRS: Mapping[str, tuple[str, Act, Act, bool]] = dict(_pairs())
 """The writer that makes what is there before, two that write at once, and whether the second may be refused
 for the first is under way."""

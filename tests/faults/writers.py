@@ -14,7 +14,7 @@ from . import readers
 from .disk import Tree
 from .readers import SUFFIXES
 
-Step = Callable[[Path, Path], object]
+Act = Callable[[Path, Path], object]
 """Something done with the inputs and the folder that is written to."""
 Seen = Callable[[Tree, Tree, Tree], Tree]
 
@@ -41,11 +41,11 @@ class Writer:
     """
 
     name: str
-    work: Step
-    before: Step = _nothing
+    work: Act
+    before: Act = _nothing
     seen: Seen = readers.itself
-    between: tuple[Step, ...] = ()
-    again: Step | None = None
+    between: tuple[Act, ...] = ()
+    again: Act | None = None
     lasts: bool = True
 
     def judge(self, tree: Tree, old: Tree, new: Tree, between: tuple[Tree, ...]) -> str | None:
