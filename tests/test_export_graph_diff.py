@@ -140,3 +140,28 @@ def test_swapped_inner_values_are_found_though_names_may_differ() -> None:
 
     assert first_difference(two_branches(False), two_branches(False), frozenset()) is None
     assert "Sub: input 0" in str(first_difference(two_branches(True), two_branches(False), frozenset()))
+
+
+def _conditional(operator: str = "Exp", result: str = "inner", swap: bool = False) -> ir.Model:
+    """y = op(x) or x, as x says; what the branches give can be exchanged."""
+    x = ir.Value(name="x", type=ir.TensorType(ir.DataType.FLOAT), shape=ir.Shape([3]))
+    branches = []
+    for name in ("then", "else"):
+        inner = ir.node(operator if name == "then" else "Neg", [x])
+        other = ir.node("Abs", [inner.outputs[0]])
+        inner.outputs[0].name, other.outputs[0].name = f"{name} {result}", f"{name} other"
+        last = inner if swap else other
+        branches.append(ir.Graph([], [last.outputs[0]], nodes=[inner, other], name=name))
+    node = ir.node("If", [x], {"then_branch": branches[0], "else_branch": branches[1]})
+    node.outputs[0].name = "y"
+    return ir.Model(ir.Graph([x], [node.outputs[0]], nodes=[node]), ir_version=10)
+
+
+def test_graphs_in_nodes_are_compared_too() -> None:
+    assert first_difference(_conditional(), _conditional(result="renamed"), frozenset()) is None
+    assert first_difference(_conditional("Log"), _conditional(), frozenset()) == (
+        "node 0 If: then_branch: node 0: expected ::Exp, got ::Log"
+    )
+    assert first_difference(_conditional(swap=True), _conditional(), frozenset()) == (
+        "node 0 If: else_branch: output: expected else other, got else inner"
+    )

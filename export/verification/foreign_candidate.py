@@ -36,7 +36,7 @@ def judge_foreign(
         elif name in matches.quantized:
             detail = "in codes: what the graph answers is measured"
             said.append(WeightVerdict(name, Verdict.QUANTIZED, True, detail=detail))
-        else:
+        elif name in matches.missing:
             said.append(_missing(name, matches, weights))
         weights.release(name)
         if progress is not None:

@@ -87,7 +87,16 @@ def node_difference(
 
     Names of values may differ, but for those of `outside`.
     """
-    renamed: dict[str, str] = {}  # the candidate's name of a value -> the expected graph's
+    return _walk(candidate, expected, outside, {})
+
+
+def _walk(
+    candidate: ir.Graph | ir.Function,
+    expected: ir.Graph | ir.Function,
+    outside: frozenset[str],
+    renamed: dict[str, str],
+) -> str | None:
+    """`renamed`: the candidate's name of a value -> the expected graph's."""
 
     def pair(left: ir.Value | None, right: ir.Value | None) -> bool:
         if left is None or right is None:
@@ -107,7 +116,12 @@ def node_difference(
             return f"{here}: expected {right.domain}::{right.op_type}, got {left.domain}::{left.op_type}"
         ours, theirs = _attributes(left), _attributes(right)
         for name in sorted(ours.keys() | theirs.keys()):
-            if name not in ours or name not in theirs or not _same_attribute(ours[name], theirs[name]):
+            graphs = ours.get(name), theirs.get(name)
+            if all(isinstance(graph, ir.Graph) for graph in graphs):
+                inside = _walk(*graphs, outside, dict(renamed))
+                if inside is not None:
+                    return f"{here} {right.op_type}: {name}: {inside}"
+            elif name not in ours or name not in theirs or not _same_attribute(ours[name], theirs[name]):
                 return (
                     f"{here} {right.op_type}: attribute {name}: "
                     f"expected {theirs.get(name)}, got {ours.get(name)}"
@@ -124,4 +138,7 @@ def node_difference(
                         f"{here} {right.op_type}: {kind} {position}: expected "
                         f"{other.name if other else 'none'}, got {one.name if one else 'none'}"
                     )
+    for one, other in zip_longest(candidate.outputs, expected.outputs):
+        if not pair(one, other):
+            return f"output: expected {other.name if other else 'none'}, got {one.name if one else 'none'}"
     return None
