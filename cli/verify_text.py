@@ -21,8 +21,8 @@ _WORST = 8
 
 
 def print_report(report: VerifyReport) -> None:
-    """Print the checks, what fails, the counts by verdict and the worst of the weights that pass, and the
-    verdict; names from files without what moves a cursor."""
+    """Print the checks, what fails, the counts by verdict, and the verdict; names from files without what
+    moves a cursor. Where all weights pass, those are named of which most entries are rounded otherwise."""
     table = Table("check", "", "figure", title=escape(printable(report.candidate)), title_justify="left")
     for check in report.checks:
         table.add_row(escape(printable(check.name)), _mark(check), escape(printable(check.figure)))
@@ -48,7 +48,8 @@ def _lines(report: VerifyReport) -> Iterator[str]:
     if report.weights:
         counts = (f"{number:,} {verdict}" for verdict, number in counted(report.weights).items())
         yield f"weights: {', '.join(counts)}"
-    rounded = [own for own in worst_first(report.weights) if own.passed]
+    worst = worst_first(report.weights)
+    rounded = worst if all(own.passed for own in worst) else []
     for own in rounded[:_WORST]:
         yield f"note {own}"
     if len(rounded) > _WORST:

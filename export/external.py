@@ -165,16 +165,19 @@ def _check_tensor(folder: Path, name: str, tensor: ir.TensorProtocol) -> None:
         _check_external(folder, name, tensor, -(-size * tensor.dtype.bitwidth // 8))
         return
     if isinstance(tensor, ir.serde.TensorProtoTensor):
-        held = tensor.raw.ByteSize()  # each number takes a byte, or a few bits of one
-        if size > 8 * held or (size and not _has_data(tensor.raw)):
+        raw, held = tensor.raw.raw_data, tensor.raw.ByteSize()  # a number takes at least a bit
+        whole = (
+            len(raw) == -(-size * tensor.dtype.bitwidth // 8) if raw else not size or _has_numbers(tensor.raw)
+        )
+        if size > 8 * held or not whole:
             raise ValueError(f"shape {shape} in {held} bytes")
     if tensor.numpy().shape != shape:
         raise ValueError(f"shape {shape}")
 
 
-def _has_data(proto: onnx.TensorProto) -> bool:
-    fields = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
-    return proto.HasField("raw_data") or any(len(getattr(proto, field)) for field in fields)
+def _has_numbers(proto: onnx.TensorProto) -> bool:
+    fields = ("float_data", "int32_data", "int64_data", "double_data", "uint64_data")
+    return any(len(getattr(proto, field)) for field in fields)
 
 
 def _check_external(folder: Path, name: str, tensor: ir.ExternalTensor, expected: int) -> None:

@@ -58,8 +58,8 @@ def open_session(model: str | Path, threads: int = 0, *, reuse: bool = True) -> 
     Args:
         model: an exported folder, or one of its graphs.
         threads: onnxruntime's threads; 0 leaves the choice to it.
-        reuse: whether values share memory, as the shapes that the graph notes allow; some exporters note wrong
-            ones.
+        reuse: whether values share memory, as the shapes that the graph notes allow; some exporters note
+            wrong ones.
 
     Raises FileError where there is no graph, onnxruntime refuses it, or a checkpoint's shard that it refers
     to is another by now.

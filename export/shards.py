@@ -10,6 +10,7 @@ Needs NumPy alone.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def check_shards(text: str | None, folder: Path, graph: str) -> None:
             raise FileError(f"{source}: expected plain names of shards, got {name[:80]!r}; {_REMEDY}")
         check_fields(noted, {"bytes": COUNT, "sha256": SHA256}, f"{source}: {name}", _REMEDY)
         path = folder / name
-        if path.is_symlink():
+        if os.path.islink(path):
             raise FileError(f"{path}: expected a file, got a link, which runtimes do not follow; {_REMEDY}")
         file = SafetensorsFile(path)
         if (file.nbytes, file.fingerprint()) != (noted["bytes"], noted["sha256"]):

@@ -78,10 +78,12 @@ def module_names(name: str, value: object) -> tuple[str, ...] | str | None:
     if value is None:
         return None
     if isinstance(value, str):
-        if name != "layers_pattern" and value.lower() != ALL_LINEAR:
+        if name == "layers_pattern" or value.lower() != ALL_LINEAR:
             check_pattern(value)
         return value
     names = _strings(name, value, "a list of module names or a string")
+    for expression in names if name == "layers_pattern" else ():
+        check_pattern(expression)
     return names if name == "layers_pattern" else tuple(sorted(set(names)))
 
 

@@ -63,10 +63,10 @@ def _ways_of(expression: str) -> _Ways:
     return _sequence(list(parsed), bool(parsed.state.flags & re.IGNORECASE))
 
 
-def _sequence(items: Sequence[Item], ignore_case: bool) -> _Ways:
+def _sequence(items: Sequence[Item], ignore_case: bool, after: Item | None = None) -> _Ways:
+    """The ways of items one after the other; ``after`` is what comes next, where that is certain."""
     ways = _ONE
-    for place, item in enumerate(items):
-        following = items[place + 1] if place + 1 < len(items) else None
+    for item, following in zip(items, [*items, after][1:], strict=True):
         ways = ways.then(_item(item, following, ignore_case))
     return ways
 
@@ -76,12 +76,12 @@ def _item(item: Item, following: Item | None, ignore_case: bool) -> _Ways:
     if code is codes.BRANCH:
         ways = _Ways(0, 0)
         for branch in value[1]:
-            ways = ways.either(_sequence(list(branch), ignore_case))
+            ways = ways.either(_sequence(list(branch), ignore_case, following))
         return ways
     if code in _REPEATS:
         return _repeat(*value, following, ignore_case)
     if code is codes.SUBPATTERN:
-        return _sequence(list(value[3]), ignore_case or bool(value[1]))
+        return _sequence(list(value[3]), ignore_case or bool(value[1]), following)
     if code in (codes.ASSERT, codes.ASSERT_NOT):
         return _sequence(list(value[1]), ignore_case)
     if code is codes.ATOMIC_GROUP:

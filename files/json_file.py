@@ -59,10 +59,10 @@ def read_regular_file(path: Path, limit: int) -> bytes:
     size = check_regular_file(path)
     try:
         with path.open("rb") as file:
-            content = file.read(min(limit, size) + 1)
+            content = file.read(size + 1) if size <= limit else b""
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror}); check the file") from None
-    if len(content) > limit:
+    if max(size, len(content)) > limit:
         raise FileError(f"{path}: expected at most {limit} bytes, got more; is this the right file?")
     return content
 

@@ -149,7 +149,7 @@ def dora_merge_bound(
     check_dora(W0, W0, replace(adapter, dropout=None), magnitude=magnitude)
     sizes = _sizes(W0, adapter, magnitude, precision)
     weight = sizes.of(W0) + weight_update(sizes.adapter, W0.shape[0])
-    merged = sizes.g[:, None] * weight
+    merged = sizes.g.map(lambda values: values[:, None]) * weight
     bound: Bound = merged.bound(slack([adapter]) + _MORE)
     stored = float_format(W0.dtype if dtype is None else dtype)
     bound += stored.unit_roundoff * (merged.size + bound) + stored.smallest_normal

@@ -141,6 +141,7 @@ def looked_up(
     rows: int | str = "batch",
     past: Sequence[int | str] = (),
     last: bool = False,
+    masked: bool = False,
     named: Mapping[str, str] | None = None,
 ) -> np.ndarray[Any, Any]:
     """Write a graph whose logits for a token are a row of a table, which is returned, and the sum of what is
@@ -150,6 +151,7 @@ def looked_up(
         width, rows: of the tokens, fixed or a symbol.
         past: axes of the cache, of which the third grows; none without one.
         last: whether there are logits of the last position alone.
+        masked: whether there is a mask, whose sum over a row is added.
         named: other names of inputs and outputs.
     """
     table = np.arange(TOKENS * TOKENS, dtype=np.float32).reshape(TOKENS, TOKENS)
@@ -172,6 +174,16 @@ def looked_up(
         outputs.append(
             helper.make_tensor_value_info("present.0.key", TensorProto.FLOAT, ["batch", 1, "now", 1])
         )
+    if masked:
+        constants.append(numpy_helper.from_array(np.array([1], np.int64), "columns"))
+        nodes += [
+            helper.make_node("Cast", ["attention_mask"], ["counted"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceSum", ["counted", "columns"], ["count"], keepdims=1),
+            helper.make_node("Unsqueeze", ["count", "columns"], ["counts"]),
+            helper.make_node("Add", [logits, "counts"], ["counted_rows"]),
+        ]
+        logits = "counted_rows"
+        inputs.append(helper.make_tensor_value_info("attention_mask", TensorProto.INT64, [rows, width]))
     if last:
         constants += [
             numpy_helper.from_array(np.array([value], np.int64), name)

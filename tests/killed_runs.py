@@ -5,7 +5,6 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal, NoReturn
 
 # What every run imports, imported once.
@@ -93,13 +92,13 @@ def _arm(kill: Kill) -> None:
 
         os.rename = instead  # type: ignore[assignment]
     elif kill.place == "removal":
-        remove = checkpoints.shutil.rmtree
+        remove = checkpoints.discard
 
-        def last(path: Path, *arguments: Any, **options: Any) -> None:
+        def last(path: Path) -> None:
             if (path.parent / wanted).is_dir():
                 _die()
-            remove(path, *arguments, **options)
+            remove(path)
 
-        checkpoints.shutil = SimpleNamespace(rmtree=last)  # type: ignore[assignment]
+        checkpoints.discard = last
     elif kill.place == "output":
         results.loss_plot = _die

@@ -151,3 +151,8 @@ def test_an_adapter_that_the_format_cannot_hold_is_refused(
 
 def test_a_size_is_never_too_small(path: Path, arrays: dict[str, Array]) -> None:
     assert check_size("french", arrays) >= path.stat().st_size - len(document_bytes(DOCUMENT))
+
+
+def test_a_file_that_cannot_be_written_is_an_error_of_the_system(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="onnxruntime has failed to write it; is the disk full"):
+        write_parameters(tmp_path / "missing" / "file", {"x": np.zeros((1, 1), np.float32)})

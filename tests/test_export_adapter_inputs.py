@@ -5,8 +5,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,7 @@ import onnxruntime_genai
 import pytest
 import torch
 from export_fixtures import VOCABULARY, make_adapter, make_model, write_tokenizer
-from killed_exports import add_beside_another, run
+from exports_at_once import add_beside_another
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from refusal import refused
@@ -468,44 +466,6 @@ def test_a_file_that_was_not_written_as_it_should_be_does_not_become_a_task(
     with pytest.raises(FileError, match="expected what was written, got other bytes"):
         add(models, folder, "german")
     assert content(folder) == before
-
-
-def test_killed_before_each_step_a_task_is_whole_or_absent(
-    models: Path, tmp_path: Path, folder: Path
-) -> None:
-    before = content(folder)
-    session = opened(folder / "model.onnx")
-    base, french = logits(session, PROMPT), logits(session, PROMPT, folder / "french.onnx_adapter")
-    work = partial(export, models / "base", folder, models / "german", form="adapter-inputs", name="german")
-    code, steps = run(tmp_path, work)
-    assert code == 0
-    after = content(folder)
-    first = steps.index("os.rename")
-    # the file is on the disk, then the graph and its name, then the file's name
-    assert steps[first - 3 : first + 4] == [  # os.remove: of a temporary file that is not there any more
-        *["fsync", "open", "fsync"],
-        *["os.rename", "fsync", "os.remove", "os.rename"],
-    ]
-    whole = {"model.onnx", "german.onnx_adapter"}
-    for step in range(len(steps)):
-        (folder / "german.onnx_adapter").unlink(missing_ok=True)
-        (folder / "model.onnx").write_bytes(before["model.onnx"])
-        assert run(tmp_path, work, kill=step)[0] == -signal.SIGKILL
-        held = {name: data for name, data in content(folder).items() if not name.endswith(".partial")}
-        assert {name: held[name] for name in held if name not in whole} == {
-            name: before[name] for name in before if name not in whole
-        }
-        assert held["model.onnx"] in (before["model.onnx"], after["model.onnx"])
-        if "german.onnx_adapter" in held:
-            assert held == after
-        else:
-            session = opened(folder / "model.onnx")
-            assert logits(session, PROMPT).tobytes() == base.tobytes()
-            again = logits(session, PROMPT, folder / "french.onnx_adapter")
-            assert again.tobytes() == french.tobytes()
-    (folder / "german.onnx_adapter").unlink(missing_ok=True)
-    assert run(tmp_path, work)[0] == 0
-    assert content(folder) == after  # nothing of the killed runs is left
 
 
 def test_two_processes_add_tasks_to_one_folder(models: Path, folder: Path) -> None:

@@ -20,7 +20,7 @@ from onnx import helper, numpy_helper
 
 from loracle.export.external import load_graph
 from loracle.export.verification import digests as module
-from loracle.export.verification.digests import Digests, FileDigest, InputDigest, InputFiles, digest_files
+from loracle.export.verification.digests import Digests, FileDigest, InputDigest, InputFiles
 from loracle.export.verification.input_files import adapter_files, checkpoint_files, onnx_files
 from loracle.files import Checkpoint
 from loracle.reference import FileError
@@ -32,6 +32,13 @@ def _files(folder: Path, **content: bytes) -> dict[str, Path]:
     for name, data in content.items():
         (folder / name).write_bytes(data)
     return {name: folder / name for name in content}
+
+
+def digest_files(files: dict[str, Path]) -> tuple[FileDigest, ...]:
+    """The digest of each."""
+    with Digests() as running:
+        running.add(InputFiles("base", "checkpoint", "x", files))
+        return running.wait()[0].files
 
 
 @pytest.mark.parametrize("size", [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 3 * BLOCK + 7])
@@ -50,6 +57,30 @@ def test_the_digest_of_a_folder_is_what_sha256sum_makes_of_it(tmp_path: Path) ->
     command = ["bash", "-c", 'set -o pipefail; sha256sum -- "$@" | LC_ALL=C sort | sha256sum', "-", *names]
     said = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert found.sha256 == said.split()[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [("a b", "a b"), ("a\rb", "a\\rb"), ("a\nb", "a\\nb"), ("a\\nb", "a\\\\nb"), ("\udcff", "\udcff")],
+)
+def test_a_line_is_that_of_sha256sum(name: str, shown: str) -> None:
+    mark = "\\" if shown != name else ""
+    line = FileDigest(name, 1, "ab" * 32).line()
+    assert line == f"{mark}{'ab' * 32}  {shown}\n".encode("utf-8", "surrogateescape")
+
+
+def test_a_digest_in_json() -> None:
+    found = InputDigest(
+        "base", "onnx", "a/b", (FileDigest("one", 3, "c" * 64), FileDigest("two", 4, "d" * 64))
+    )
+    whole = hashlib.sha256(f"{'c' * 64}  one\n{'d' * 64}  two\n".encode()).hexdigest()
+    assert found.to_json() == {
+        **{"name": "b", "path": "a/b", "kind": "onnx", "bytes": 7, "sha256": whole},
+        "files": [
+            {"name": "one", "bytes": 3, "sha256": "c" * 64},
+            {"name": "two", "bytes": 4, "sha256": "d" * 64},
+        ],
+    }
 
 
 @pytest.mark.parametrize(("path", "name"), [("a/b", "b"), ("a/b/", "b"), (".", None), ("/", "/")])
@@ -110,6 +141,29 @@ def test_a_read_that_fails_names_the_file(tmp_path: Path, monkeypatch: pytest.Mo
         digest_files(files)
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_so_many_files_are_read_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    reading, most, lock = 0, 0, threading.Lock()
+
+    def digest(path: Path, left: threading.Event) -> tuple[int, str]:
+        nonlocal reading, most
+        with lock:
+            reading += 1
+            most = max(most, reading)
+        time.sleep(0.05)
+        with lock:
+            reading -= 1
+        return 0, ""
+
+    monkeypatch.setattr(module, "_digest", digest)
+    with Digests(threads) as running:
+        running.add(InputFiles("base", "checkpoint", "x", _files(tmp_path, **dict.fromkeys("abcdef", b""))))
+        running.wait()
+    assert most == threads
+
+
 def test_reading_ends_where_the_block_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large file that nobody waits for a part is read, and of those behind it nothing."""
     with (tmp_path / "large").open("wb") as file:
@@ -145,6 +199,11 @@ def test_the_files_of_a_checkpoint(tmp_path: Path) -> None:
     assert all(path == folder / name for name, path in found.files.items())
 
 
+def test_a_checkpoint_of_one_file_has_no_index(tmp_path: Path) -> None:
+    with Checkpoint(write_model(tmp_path / "model")) as checkpoint:
+        assert list(checkpoint_files(checkpoint, "base", "x").files) == ["config.json", "model.safetensors"]
+
+
 def test_the_files_of_an_adapter(tmp_path: Path) -> None:
     for name in (
         "adapter_config.json",
@@ -154,9 +213,9 @@ def test_the_files_of_an_adapter(tmp_path: Path) -> None:
         "optimizer.pt",
     ):
         (tmp_path / name).write_text("x")
-    assert list(adapter_files(tmp_path).files) == [
-        *("adapter_config.json", "adapter_model.safetensors", "head.json", "vocab.txt")
-    ]
+    names = ("adapter_config.json", "adapter_model.safetensors", "head.json", "vocab.txt")
+    expected = InputFiles("adapter", "adapter", str(tmp_path), {name: tmp_path / name for name in names})
+    assert adapter_files(tmp_path) == expected
     one = tmp_path / "lora.pt"
     one.write_text("x")
     found = adapter_files(str(one))

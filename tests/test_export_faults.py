@@ -11,7 +11,7 @@ from pathlib import Path
 import onnxruntime
 import pytest
 from export_fixtures import SHAPE, make_adapter, make_model, write_tokenizer
-from killed_exports import wait_for
+from exports_at_once import wait_for
 from mounts import FILLING, MOUNTING, mounted, skip_unless_mounting
 from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -24,7 +24,7 @@ from loracle.export.verification.first_difference_node import (
     first_difference_node,
 )
 from loracle.export.verification.foreign_outputs import one_input, open_foreign
-from loracle.export.verification.graph_paths import between, described
+from loracle.export.verification.graph_paths import behind, between, described
 from loracle.export.verification.graph_tensors import held_tensors
 from loracle.export.verification.module_places import INPUT, OUTPUT, Gap, Place, _gap, module_places
 from loracle.export.verification.module_values import Call, Expected, ModuleValues, module_values
@@ -368,7 +368,7 @@ def test_the_nodes_between_right_values_and_a_wrong_one_leave_out_what_comes_fro
     assert everything.sources == ()
 
 
-def test_only_the_first_place_outside_counts_and_others_with_right_inputs_are_named() -> None:
+def test_only_the_first_place_outside_counts_and_others_that_do_not_follow_it_are_named() -> None:
     graph, values = chain()
     one = np.ones((1, 4))
     expected = (Expected(one, 0.1),)
@@ -387,7 +387,13 @@ def test_only_the_first_place_outside_counts_and_others_with_right_inputs_are_na
     ]
     got = {"r_out": one, "m_out": one + 1, "n_out": one + 2, "z_out": one + 3}
     found = first_difference(graph, places, got)
-    assert found == FirstDifference("b", OUTPUT, 1.0, 0.1, ("the output of a",), ("Mul m",), ("d",), 7)
+    # What is computed from the first is no news.
+    assert found == FirstDifference("b", OUTPUT, 1.0, 0.1, ("the output of a",), ("Mul m",), (), 7)
+    apart = [*places, place("f", INPUT, "r"), place("f", OUTPUT, "c")]
+    found = first_difference(graph, apart, {**got, "c_out": one + 1})
+    assert found is not None
+    assert (found.module, found.also) == ("b", ("f",))
+    assert behind(graph, [values["m"]]) == {values["n"].producer(), values["z"].producer()}
     assert first_difference(graph, places, dict.fromkeys(got, one)) is None
     assert first_difference(graph, places, {}) is None
 

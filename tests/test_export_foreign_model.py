@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from export_fixtures import make_adapter, make_model
 
 from loracle.export import VerifyReport, export, verify
 from loracle.export.verification.verdict import Verdict
-from loracle.files import Checkpoint
+from loracle.files import Checkpoint, write_merged_checkpoint
 from loracle.reference import ConfigError, FileError
 
 V1 = "model.layers.1.self_attn.v_proj.weight"
@@ -106,3 +107,20 @@ def test_outputs_may_be_left_out_and_that_is_said(made: Path) -> None:
     assert own.passed
     assert [check.asked for check in own.checks] == [True, True, False]
     assert "left out by choice" in own.checks[-1].figure
+
+
+def test_a_merge_in_bfloat16_may_answer_as_one_in_a_float32_graph(tmp_path: Path) -> None:
+    """Its weights are rounded to bfloat16; one that is rounded to float32 is held to float32's bound."""
+    base = make_model(tmp_path / "base", dtype=torch.bfloat16)
+    make_adapter(tmp_path / "adapter", base)
+    write_merged_checkpoint(base, tmp_path / "adapter", tmp_path / "merged")
+    export(tmp_path / "merged", tmp_path / "narrow")
+    narrow = _verify(tmp_path, nameless(tmp_path / "narrow"))
+    assert {weight.verdict for weight in narrow.weights if weight.merged} == {Verdict.ROUNDED_TWICE}
+    assert narrow.passed, [check.failures for check in narrow.checks]
+    export(base, tmp_path / "wide", tmp_path / "adapter")
+    wide = _verify(tmp_path, nameless(tmp_path / "wide"))
+    assert wide.passed
+    assert narrow.tolerance is not None
+    assert wide.tolerance is not None
+    assert narrow.tolerance > 100 * wide.tolerance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from architecture_runs import make_adapter as make_any
 from architectures import CASES, make
 from export_fixtures import make_adapter, make_model
 from foreign_graphs import TOKENS, genai_export, looked_up, torch_export, torch_export_encoder
+from ml_dtypes import bfloat16
 from refusal import refused
 
 from loracle.export import export
@@ -22,7 +25,12 @@ from loracle.export.session import open_session
 from loracle.export.tasks import TASKS, Task
 from loracle.export.texts import Texts
 from loracle.export.verification.foreign_inputs import Interface, Role, read_interface
-from loracle.export.verification.foreign_outputs import check_foreign_outputs, encoder_answers, open_foreign
+from loracle.export.verification.foreign_outputs import (
+    answer,
+    check_foreign_outputs,
+    encoder_answers,
+    open_foreign,
+)
 from loracle.export.verification.foreign_session import ForeignDecoder, ForeignSession
 from loracle.export.verification.outputs_check import OutputsResult
 from loracle.export.verification.weight_products import is_quantized, multiplied_dtype
@@ -174,8 +182,8 @@ def test_a_cache_beside_a_fixed_number_of_tokens_is_refused(tmp_path: Path) -> N
     refused(
         lambda: decoder_of(tmp_path / "model.onnx"),
         FileError,
-        f"{tmp_path}/model.onnx: expected any number of tokens beside a cache, found 4; export the model with "
-        "a dynamic length",
+        f"{tmp_path}/model.onnx: expected any number of tokens beside a cache, found 4; export the model "
+        "with a dynamic length",
     )
 
 
@@ -351,6 +359,21 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
         "past: expected a cache that grows along one axis, found ['b', 2, 64, 12]; export the model with a "
         "dynamic cache, or with none",
     ),
+    "more tokens than memory holds": (
+        [node("input_ids", "int64", 64, 512)],
+        "input_ids: expected an input of at most 16384 entries, got [64, 512]; export the model with open "
+        "axes",
+    ),
+    "a cache wider than memory": (
+        [IDS_INPUT, node("past", "float", "b", 2**16, "past", 2**9)],
+        "past: expected an input of at most 16777216 entries, got ['b', 65536, 'past', 512]; export the "
+        "model with open axes",
+    ),
+    "an axis of no length": (
+        [node("input_ids", "int64", 0, "s")],
+        "input_ids: expected an input of at most 16384 entries, got [0, 's']; export the model with open "
+        "axes",
+    ),
     "no text": (
         [node("attention_mask", "int64", "b", "s")],
         "expected inputs of a text (input_ids and what belongs to it), or pixels alone, found attention_mask",
@@ -408,6 +431,10 @@ def test_a_dtype_is_that_of_most_entries_and_codes_are_told_from_weights() -> No
     # Stored in float16, multiplied in float32: the weights have the rounding of float16.
     assert multiplied_dtype(graph(("MatMul", half, (4, 4), True))) == half
     assert multiplied_dtype(graph(("Relu", half, (4, 4), False))) == single
+    # Merged in one dtype, held in another.
+    merged = np.dtype(bfloat16)
+    assert multiplied_dtype(graph(("MatMul", single, (4, 4), False)), merged) == merged
+    assert multiplied_dtype(graph(("MatMul", half, (4, 4), False)), single) == half
     assert not is_quantized(graph(("MatMul", single, (4, 4), False)))
     assert is_quantized(
         graph(("MatMul", single, (4, 4), False), ("MatMulNBits", np.dtype(np.uint8), (4, 4), False))
@@ -452,17 +479,11 @@ def test_optimums_graph(made: Path, merged: Path, tmp_path: Path, kind: str) -> 
 
     root, source = made, merged
     if kind == "gpt2":
-        import os
-
-        from architecture_runs import make_adapter as make_any
-
         root = tmp_path
         make_any(make(root / "base", "gpt2"), "gpt2", root / "adapter")
         write_merged_checkpoint(root / "base", root / "adapter", root / "merged")
         command = optimum_exporter(PEERS, root / "merged", tmp_path / "optimum")
     else:
-        import os
-
         command = optimum_exporter(PEERS, compatible(source, tmp_path / "older"), tmp_path / "optimum")
     subprocess.run(command, env={**os.environ, **OFFLINE}, check=True, capture_output=True)
     assert passes(tmp_path / "optimum/model.onnx", root)
@@ -471,8 +492,6 @@ def test_optimums_graph(made: Path, merged: Path, tmp_path: Path, kind: str) -> 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base, adapter, onnx and merged of a BERT that classifies texts."""
-    from architecture_runs import make_adapter as make_any
-
     root = tmp_path_factory.mktemp("classifier")
     make_any(make(root / "base", "bert_sequence"), "bert_sequence", root / "adapter")
     write_merged_checkpoint(root / "base", root / "adapter", root / "merged")
@@ -490,14 +509,33 @@ def test_torchs_classifier_with_open_axes_or_for_one_length(
     assert passes(graph, classifier, task, texts)
     wrong = torch_export_encoder(classifier / "base", auto, tmp_path / "wrong", length=length)
     assert not passes(wrong, classifier, task, texts)
-    if length:
-        session = open_foreign(graph, task, {})
-        refused(
-            lambda: encoder_answers(session, Texts(((5, 6),), ((0, 0),)), {}),
-            ShapeError,
-            f"{graph}: expected a text of 7 tokens, for the graph reads so many and has no mask, got 2; give "
-            "longer texts",
-        )
+
+
+def test_an_encoder_of_one_length_gets_texts_of_that_length(tmp_path: Path) -> None:
+    """Cut, or repeated where nothing masks padding; with a mask padded, and what belongs to padding left
+    out."""
+    path, task = tmp_path / "model.onnx", TASK["token-classification"]
+    table = looked_up(path, width=4, rows=2)
+    texts = Texts(((5, 4, 3, 2, 1), (1, 2)), ((0,) * 5, (0,) * 2))
+    session = open_foreign(path, task, {})
+    batches, answers = encoder_answers(session, task, texts, {})
+    assert [feeds["input_ids"].tolist() for feeds in batches] == [[[5, 4, 3, 2]], [[1, 2, 1, 2]]]
+    for feeds, (logits,) in zip(batches, answers, strict=True):
+        assert np.array_equal(logits, table[feeds["input_ids"]])
+    refused(
+        lambda: answer(session, task, {"input_ids": np.ones((1, 3), np.int64)}),
+        ShapeError,
+        f"{path}: expected a text of 4 tokens, for the graph reads so many and has no mask, got 3; give "
+        "longer texts",
+    )
+    looked_up(path, width=4, rows=2, masked=True)
+    batches, answers = encoder_answers(open_foreign(path, task, {}), task, texts, {})
+    assert [feeds["input_ids"].tolist() for feeds in batches] == [[[5, 4, 3, 2]], [[1, 2]]]
+    for feeds, (logits,) in zip(batches, answers, strict=True):
+        # The graph adds the mask's sum.
+        assert np.array_equal(logits, table[feeds["input_ids"]] + feeds["input_ids"].size)
+    pooled = encoder_answers(open_foreign(path, task, {}), TASK["text-classification"], texts, {})[1]
+    assert [logits.shape for (logits,) in pooled] == [(1, 4, TOKENS)] * 2
 
 
 @pytest.mark.slow
@@ -505,8 +543,6 @@ def test_torchs_classifier_with_open_axes_or_for_one_length(
     "name", ["bert_sequence", "bert_token", "bert_question", "bert", "vit", "llama_sequence"]
 )
 def test_our_own_encoders_pass_as_anybodys(tmp_path: Path, name: str) -> None:
-    from architecture_runs import make_adapter as make_any
-
     make_any(make(tmp_path / "base", name), name, tmp_path / "adapter")
     export(tmp_path / "base", tmp_path / "onnx", tmp_path / "adapter")
     task = TASK[CASES[name].task]

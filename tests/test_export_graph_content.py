@@ -122,10 +122,30 @@ def test_stacked_factors_of_several_layers_are_as_many_pairs() -> None:
     assert (content.adapter.pairs, content.adapter.names) == (2, ("down", "up"))
 
 
+def test_a_stack_with_factors_of_others_between_is_as_many_pairs_as_are_known() -> None:
+    chain = base()
+    stack = np.concatenate([DOWN[1], matrices(1, (2, 16), 50)[0], DOWN[0]])
+    chain.last = chain.node("MatMul", chain.last, chain.constant("down", np.ascontiguousarray(stack.T)))
+    content = described(chain)
+    assert content.adapter is not None
+    assert (content.adapter.pairs, content.adapter.names) == (2, ("down",))
+
+
+def test_a_factor_is_followed_through_its_transpose() -> None:
+    chain = base()
+    a = chain.node("Transpose", chain.constant("lora_A", DOWN[0]), perm=[1, 0])
+    up = chain.node("MatMul", chain.node("MatMul", chain.input, a), chain.constant("up", UP[0].T))
+    chain.last = chain.node("Add", chain.last, up)
+    content = described(chain, adapter=None)
+    assert content.adapter is not None
+    assert content.adapter.operators == {"MatMul": 2, "Transpose": 1, "Add": 1}
+
+
 def test_what_serves_the_adapter_alone_is_counted_and_nothing_else() -> None:
     """A cast of its input, a transpose of A; not what the base's products take too."""
     chain = base()
-    x = chain.node("Relu", chain.last)
+    bias = chain.constant("bias", np.ones(16, np.float32))
+    x = chain.node("Relu", chain.node("Add", chain.last, bias))
     own = chain.node("Cast", x, to=1)
     a = chain.node("Transpose", chain.constant("lora_A", DOWN[0]), perm=[1, 0])
     branch = chain.node("MatMul", chain.node("MatMul", own, a), chain.constant("lora_B", UP[0].T))
@@ -147,13 +167,45 @@ def test_products_with_other_weights_are_named() -> None:
     assert content.check().failures == content.strangers
 
 
+@pytest.mark.parametrize(
+    "operator",
+    [
+        "Conv",
+        "ConvTranspose",
+        "Einsum",
+        "FusedConv",
+        "FusedGemm",
+        "FusedMatMul",
+        "FusedMatMulActivation",
+        "Gather",
+        "GatherND",
+        "Gemm",
+        "MatMul",
+        "TransposeMatMul",
+    ],
+)
+def test_every_operator_that_multiplies_or_looks_up_counts(operator: str) -> None:
+    chain = base()
+    extra = chain.constant("extra", matrices(1, (16, 20), 9)[0])
+    inputs = [extra, chain.last] if operator.startswith("Gather") else [chain.last, extra]
+    chain.last = chain.node(operator, *inputs)
+    assert described(chain).strangers == (f"{operator} {operator}_6: extra is no weight of the model",)
+
+
 def test_tables_of_positions_are_no_weights_but_other_lookups_are() -> None:
     angles = np.arange(12)[:, None] * 0.1 ** np.arange(1, 9)
     chain = base()
-    for name, table in (("cos", np.cos(angles)), ("sin", np.sin(angles)), ("table", matrices(1, (12, 8))[0])):
+    both = np.concatenate([np.sin(angles), np.cos(angles)], 1)
+    tables = {
+        "cos": 1.5 * np.cos(angles),
+        "sin": np.sin(angles),
+        "both": both,
+        "table": matrices(1, (12, 8))[0],
+    }
+    for name, table in tables.items():
         looked_up = chain.node("Gather", chain.constant(name, table.astype(np.float32)), chain.input)
         chain.last = chain.node("Add", chain.last, looked_up)
-    assert described(chain).strangers == ("Gather Gather_10: table is no weight of the model",)
+    assert described(chain).strangers == ("Gather Gather_12: table is no weight of the model",)
 
 
 def test_a_weight_in_another_layers_place_is_named() -> None:
@@ -164,6 +216,13 @@ def test_a_weight_in_another_layers_place_is_named() -> None:
         f"{PATHS[1]}.weight: holds {PATHS[0]}.weight",
         f"{PATHS[0]}.weight: holds {PATHS[1]}.weight",
     )
+
+
+def test_layers_are_compared_in_the_order_of_their_numbers() -> None:
+    """Whatever the order of the checkpoint is."""
+    model = base().model()
+    matches = match_weights(model.graph, Weights(dict(reversed(WEIGHTS.items()))))
+    assert describe_graph(model, matches, ADAPTER).misplaced == ()
 
 
 def test_products_that_do_not_depend_on_one_another_may_stand_in_any_order() -> None:
@@ -211,10 +270,11 @@ def test_a_change_that_adds_nothing_is_found(names: str, change: str) -> None:
     assert not content.check().passed
 
 
-def test_lists_that_are_long_are_cut() -> None:
+@pytest.mark.parametrize(("extra", "lines", "last"), [(8, 8, ""), (11, 9, "and 3 more products")])
+def test_lists_that_are_long_are_cut(extra: int, lines: int, last: str) -> None:
     chain = base()
-    for i in range(11):
+    for i in range(extra):
         chain.then("MatMul", f"extra_{i}", matrices(1, (16, 16), 40 + i)[0])
     failures = described(chain).check().failures
-    assert failures[-1] == "and 3 more products"
-    assert len(failures) == 9
+    assert len(failures) == lines
+    assert failures[-1] == (last or "MatMul MatMul_13: extra_7 is no weight of the model")

@@ -18,7 +18,6 @@ import pytest
 import torch
 from deployments import content
 from export_fixtures import VOCABULARY, make_adapter, make_model
-from killed_exports import export_in_place, run
 from refusal import refused
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -418,47 +417,6 @@ def test_the_command_makes_the_models_folder_a_deployment(models: Path, model: P
     call("run", model, "--name", "french", "--prompt", "hello", "--max-new-tokens", 3)
     after = content(model)
     assert {name: after[name] for name in before} == before
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_killed_export_leaves_a_checkpoint_and_a_whole_deployment_or_none(
-    models: Path, tmp_path: Path, form: str
-) -> None:
-    source = shutil.copytree(models / "tied True", tmp_path / "source")
-    change_dtypes(source, torch.bfloat16, only="norm")
-    before = content(source)
-    cache = os.environ["LORACLE_CACHE"]
-
-    def killed(folder: Path, kill: int | None) -> list[str]:
-        shutil.copytree(source, folder)
-        work = partial(export_in_place, folder, models / "attention", form, cache)
-        return run(folder, work, kill)[1]
-
-    steps = killed(tmp_path / "whole", None)
-    whole = content(tmp_path / "whole")
-    assert len(steps) > 10
-    states, seen = set(), set()
-    # Of the steps that write a tensor into a file under way the first is enough.
-    for kill in (at for at, step in enumerate(steps) if step != "tensor" or steps[at - 1] != "tensor"):
-        folder = tmp_path / f"killed {kill}"
-        killed(folder, kill)
-        held = content(folder)
-        assert {name: held[name] for name in before} == before
-        more = held.keys() - before.keys()
-        assert {name: held[name] for name in more} == {name: whole[name] for name in more}
-        if "model.onnx" in held:
-            logits(folder / "model.onnx")
-        if form == "linked" and "french.onnx" in held:
-            logits(folder / "french.onnx")
-        states.add(frozenset(more))
-        left = (frozenset(more), len(list(folder.rglob("*"))))
-        if left not in seen:
-            in_place(folder, models / "attention", "french", form, replace=True)
-            assert content(folder) == whole
-            assert not list(folder.glob(".*.partial"))
-        seen.add(left)
-        shutil.rmtree(folder)
-    assert len(states) >= 4
 
 
 @pytest.mark.parametrize("form", FORMS)

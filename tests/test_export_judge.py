@@ -241,6 +241,21 @@ def test_a_candidate_that_passed_through_a_narrower_dtype(tmp_path: Path, middle
         assert str(middle) in said.detail
 
 
+def test_a_dtype_narrower_than_both_fails_whatever_the_bound(tmp_path: Path) -> None:
+    """bfloat16's rounding is inside the bound of so many roundings to float16."""
+    case = Case(tmp_path / "base", np.dtype(np.float16))
+    said = case.verdict(round_to(round_to(case.weights.tensor(f"{Q0}.weight"), BFLOAT16), np.float16))
+    assert (said.verdict, said.passed) == (Verdict.ROUNDED_TWICE, False)
+    assert "bfloat16" in said.detail
+
+
+def test_a_weight_that_has_nothing_to_do_with_it_is_no_mistake_of_the_update(case: Case) -> None:
+    """One mistake or another is always a little nearer than the merge."""
+    for seed in range(4):
+        said = case.verdict(round_to(gaussian((SIZE, SIZE), 50 + seed, 0.05), case.dtype))
+        assert (said.verdict, said.passed) == (Verdict.UNEXPLAINED, False)
+
+
 def test_a_bfloat16_merge_widened_passes_for_a_bfloat16_base_alone(tmp_path: Path) -> None:
     case = Case(tmp_path / "narrow", BFLOAT16)
     said = case.verdict(peft(case).astype(np.float32))

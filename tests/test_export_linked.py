@@ -4,7 +4,6 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from export_fixtures import VOCABULARY, make_adapter, make_model
-from killed_exports import add_beside_another, replace_task, run
+from exports_at_once import add_beside_another
 from refusal import refused
 
 from loracle.export import export, write
@@ -307,58 +306,6 @@ def test_an_adapter_of_an_unused_weight_writes_no_base(models: Path, tmp_path: P
     with pytest.raises(TargetError):
         export(base, tmp_path / "out", adapter, form="linked", name="french")
     assert not (tmp_path / "out").exists()
-
-
-def test_killed_before_each_step_a_new_task_is_whole_or_absent(
-    models: Path, tmp_path: Path, deployment: Path
-) -> None:
-    before = content(deployment)
-    options = {"form": "linked", "name": "german"}
-    work = partial(export, models / "tied True", deployment, models / "mlp", **options)
-    code, steps = run(tmp_path, work)
-    assert code == 0
-    after = content(deployment)
-    remove_task(deployment, "german")
-    assert content(deployment) == before
-    first = steps.index("os.rename")
-    # both files and their folder are on the disk first, then the data file's name, then the graph's
-    assert steps[first - 3 : first + 4] == [*["fsync"] * 3, "os.rename", "fsync", "os.rename", "fsync"]
-    for step in range(len(steps)):
-        assert run(tmp_path, work, kill=step)[0] == -signal.SIGKILL
-        held = content_of_files(deployment)
-        assert of_base(held, "german") == before
-        if "german.onnx" in held:
-            assert held == after
-            remove_task(deployment, "german")
-        elif data_files(deployment, "german"):  # killed between data and graph
-            assert held == {name: data for name, data in after.items() if name != "german.onnx"}
-    assert run(tmp_path, work)[0] == 0
-    assert content(deployment) == after
-
-
-def test_killed_before_each_step_a_replaced_task_is_the_old_or_the_new(
-    models: Path, tmp_path: Path, deployment: Path
-) -> None:
-    old = content(deployment)
-    backward, forward = (
-        partial(replace_task, models / "tied True", models / adapter, deployment, "french")
-        for adapter in ("attention", "mlp")
-    )
-    code, steps = run(tmp_path, forward)
-    assert code == 0
-    new = content(deployment)
-    assert new.keys() != old.keys()
-    assert of_base(new, "french") == of_base(old, "french")
-    backward()
-    assert content(deployment) == old
-    for step in range(len(steps)):
-        assert run(tmp_path, forward, kill=step)[0] == -signal.SIGKILL
-        held = content_of_files(deployment)
-        whole = new if held["french.onnx"] == new["french.onnx"] else old
-        assert held["french.onnx"] == whole["french.onnx"]
-        assert held.items() >= whole.items()
-        backward()
-        assert content(deployment) == old  # nothing of the killed run is left
 
 
 def content_of_files(folder: Path) -> Content:

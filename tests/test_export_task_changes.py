@@ -5,7 +5,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from deployments import MERGED, SUFFIXES, Content, add, content, make_models, record, without
-from killed_exports import add_beside_another, run
+from exports_at_once import add_beside_another
 from refusal import refused
 
 from loracle.export import Deployment, export, open_decoder
@@ -175,107 +174,6 @@ def test_a_task_is_added_in_the_dtype_of_its_base(models: Path, tmp_path: Path, 
         f"{tmp_path / 'model.onnx'}: expected a deployment's base, found none; make one with "
         "`loracle export`",
     )
-
-
-def states(work: Callable[[], object], deployment: Path, root: Path) -> tuple[Content, Content, int]:
-    """What is there before and after the work, and how many steps it takes; it is undone."""
-    before = content(deployment)
-    shutil.copytree(deployment, root / "kept")
-    code, steps = run(root, work)
-    assert code == 0
-    after = content(deployment)
-    restore(deployment, root)
-    return before, after, len(steps)
-
-
-def restore(deployment: Path, root: Path) -> None:
-    shutil.rmtree(deployment)
-    shutil.copytree(root / "kept", deployment)
-
-
-def test_killed_before_each_step_a_task_is_there_or_removed(
-    deployment: Path, form: str, tmp_path: Path
-) -> None:
-    work = partial(remove_task, deployment, "french")
-    before, after, steps = states(work, deployment, tmp_path)
-    assert steps >= 2
-    done = 0
-    for step in range(steps):
-        assert run(tmp_path, work, kill=step)[0] == -signal.SIGKILL
-        held = content(deployment)
-        assert without(held, "french") == without(before, "french")
-        if names(deployment) == ["french", "german"]:
-            assert held == before
-            assert run(tmp_path, work)[0] == 0
-            assert content(deployment) == after
-        else:
-            done += 1
-            assert held.items() >= without(after).items()
-            assert logits(deployment, "german")
-        restore(deployment, tmp_path)
-    assert 0 < done < steps
-
-
-def test_killed_before_each_step_a_task_has_its_old_name_or_its_new_one(
-    deployment: Path, form: str, tmp_path: Path
-) -> None:
-    work = partial(rename_task, deployment, "french", "dutch")
-    before, after, steps = states(work, deployment, tmp_path)
-    done = 0
-    for step in range(steps):
-        assert run(tmp_path, work, kill=step)[0] == -signal.SIGKILL
-        held = content(deployment)
-        if names(deployment) == ["french", "german"]:
-            assert {name: held[name] for name in before} == before
-            assert deployed_task(deployment, "french").verified is not None
-            assert run(tmp_path, work)[0] == 0
-            assert content(deployment) == after
-        else:
-            done += 1
-            assert names(deployment) == ["dutch", "german"]
-            assert {name: held[name] for name in after} == after
-            assert deployed_task(deployment, "dutch").verified is not None
-            rename_task(deployment, "dutch", "polish")
-            rename_task(deployment, "polish", "dutch")
-            assert content(deployment) == after  # nothing of the killed run is left
-        restore(deployment, tmp_path)
-    assert 0 < done < steps
-
-
-@pytest.mark.parametrize("form", ["swappable"], indirect=True)
-@pytest.mark.parametrize("name", ["new", "french"])
-def test_killed_before_each_step_a_swappable_task_is_whole_or_as_before(
-    models: Path, deployment: Path, tmp_path: Path, name: str
-) -> None:
-    """A task that is new, and one that is exchanged; `german` needs no more inputs than there are."""
-    remove_task(deployment, "german")  # so that the new task needs more inputs
-    expected = logits(deployment, "french")
-    work = partial(
-        add_task,
-        *(deployment, name, models / "base", models / "mlp"),
-        form="swappable",
-        replace=name == "french",
-    )
-    before, after, steps = states(work, deployment, tmp_path)
-    assert before["swappable.onnx"] != after["swappable.onnx"]
-    file = f"{name}.task.safetensors"
-    done = 0
-    for step in range(steps):
-        assert run(tmp_path, work, kill=step)[0] == -signal.SIGKILL
-        held = content(deployment)
-        assert without(held, name) == without(before, name)
-        assert held["swappable.onnx"] in (before["swappable.onnx"], after["swappable.onnx"])
-        if held.get(file) == after[file]:
-            done += 1
-            assert held["swappable.onnx"] == after["swappable.onnx"]
-        else:
-            assert held.get(file) == before.get(file)
-            assert logits(deployment, "french") == expected
-            assert run(tmp_path, work)[0] == 0
-            assert content(deployment) == after
-            assert not [entry for entry in os.listdir(deployment) if entry.endswith(".partial")]
-        restore(deployment, tmp_path)
-    assert 0 < done < steps
 
 
 @pytest.mark.parametrize("first", MERGED)

@@ -148,10 +148,11 @@ def test_the_first_rows_and_tokens_are_read_and_it_is_said(made: Path) -> None:
 def test_the_bound_is_twice_the_mean_tolerance_of_a_label(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One tolerance a row, each as often as it has labels."""
-    from loracle.export.verification import task_metric
+    """One tolerance a batch, each as often as it has labels."""
+    from loracle.export.verification import task_data, task_metric
     from loracle.export.verification.truth import Truth
 
+    monkeypatch.setattr(task_data, "_LOGITS", 1)
     tolerances = iter([1.0, 3.0])
 
     def evaluate(self: Any, feeds: Any, dtype: Any) -> dict[str, Truth]:
@@ -192,16 +193,16 @@ def test_what_cannot_be_measured_is_refused(made: Path) -> None:
     refused(
         lambda: measured(made, "onnx", "feature-extraction"),
         ConfigError,
-        "data: expected a model for text-generation, fill-mask, text-classification, token-classification, got "
-        "one for feature-extraction; leave the data out",
+        "data: expected a model for text-generation, fill-mask, text-classification, token-classification, "
+        "got one for feature-extraction; leave the data out",
     )
     refused(lambda: measured(made, "onnx", rows=0), ConfigError, "rows: expected at least 1, got 0")
     own = {**read_json_object(made / "base/config.json"), "auto_map": {"AutoModel": "code.Model"}}
     refused(
         lambda: measured(made, "merged", config=own),
         ConfigError,
-        f"{made}/merged: expected a checkpoint that transformers knows by itself, got one with code of its own; "
-        "leave the data out, or give an ONNX model",
+        f"{made}/merged: expected a checkpoint that transformers knows by itself, got one with code of its "
+        "own; leave the data out, or give an ONNX model",
     )
     with pytest.raises(DataError, match="line 1"):
         measured(made, "onnx", data=write_data(made / "bad.jsonl", [{"label": 3}]))

@@ -55,6 +55,25 @@ def test_the_name_counts_where_the_content_agrees() -> None:
     assert (matches.missing, matches.quantized, matches.others) == ((), (), ())
 
 
+def test_a_name_counts_though_an_update_has_changed_the_content() -> None:
+    weights = layers((40, 40))
+    held = {name: weights[name] + delta for name, delta in zip(NAMES, updates(2**-0.5), strict=True)}
+    matches = match_weights(products(held, "Gemm", transB=1).graph, Weights(weights))
+    assert places(matches) == {name: [(name, "by name")] for name in NAMES}
+
+
+def test_a_name_is_refused_where_another_weight_is_much_nearer() -> None:
+    """Norms are all alike; of two that are exchanged each is more like itself, though both were changed."""
+    base = {name: 1 + array / 10 for name, array in zip(norms(4), matrices(4, (64,)), strict=True)}
+    one, other = norms(4)[1:3]
+    held = {name: array + np.float32(0.002) for name, array in base.items()}
+    held[one], held[other] = held[other], held[one]
+    matches = match_weights(products(held, "Mul").graph, Weights(base))
+    assert places(matches)[one] == [(other, "by content, against its name")]
+    assert places(matches)[other] == [(one, "by content, against its name")]
+    assert places(matches)[norms(4)[0]] == [(norms(4)[0], "by name")]
+
+
 def test_a_prefix_before_a_name_does_not_hide_it() -> None:
     weights = layers()
     matches = match_weights(products({f"model.{n}": w for n, w in weights.items()}).graph, Weights(weights))
@@ -159,6 +178,18 @@ def test_packed_weights_are_found_beside_rows_that_are_noise() -> None:
     assert matches.missing == ("v.weight",)
 
 
+def test_rows_that_begin_as_two_weights_do_are_of_the_one_that_is_more_like_them() -> None:
+    big, other = matrices(2, (24, 16))
+    small = big[:8] + matrices(1, (8, 16), 5)[0] * np.float32(0.02)
+    for names in (("big.weight", "small.weight"), ("small.weight", "big.weight")):
+        weights = dict(zip(names, (big, small) if names[0] == "big.weight" else (small, big), strict=True))
+        graph = nameless([np.concatenate([big, small, other])]).graph
+        matches = match_weights(graph, Weights({**weights, "other.weight": other}))
+        assert only(matches, "big.weight").rows == (0, 24)
+        assert only(matches, "small.weight").rows == (24, 32)
+        assert only(matches, "other.weight").rows == (32, 56)
+
+
 def test_experts_are_found_as_rows_of_a_stack() -> None:
     names = [f"experts.{i}.w1.weight" for i in range(4)]
     weights = dict(zip(names, matrices(4), strict=True))
@@ -200,14 +231,15 @@ def test_another_dtype_does_not_hide_a_weight(dtype: Any) -> None:
     assert not match_weights(nameless(list(weights.values())).graph, stored).missing
 
 
-def test_a_tied_pair_has_two_places_though_one_was_changed() -> None:
+@pytest.mark.parametrize(("change", "copy"), [(0.9, True), (1.6, False)])
+def test_a_tied_pair_has_two_places_though_one_was_changed(change: float, copy: bool) -> None:
     (table,) = matrices(1, (40, 16))
-    broken = table + matrices(1, (40, 16), 5)[0] * np.float32(0.5)
+    broken = table + matrices(1, (40, 16), 5)[0] * np.float32(change)
     chain = Chain().then("Gather", "table", table).then("MatMul", "head", np.ascontiguousarray(broken.T))
     matches = match_weights(chain.graph, Weights({"embed_tokens.weight": table}))
-    assert places(matches) == {
-        "embed_tokens.weight": [("table", "by content"), ("transpose of head", "by content")]
-    }
+    second = [("transpose of head", "by content")] if copy else []
+    assert places(matches) == {"embed_tokens.weight": [("table", "by content"), *second]}
+    assert matches.others == (() if copy else ("head",))
 
 
 def test_two_equal_weights_share_what_the_graph_holds_once() -> None:
@@ -242,6 +274,30 @@ def test_norms_that_are_much_alike_are_not_confused() -> None:
         chain.then("Mul", f"of {name}", base[name])
     matches = match_weights(chain.graph, Weights(base))
     assert places(matches) == {name: [(f"of {name}", "by content")] for name in base}
+
+
+def test_norms_that_were_changed_are_those_that_they_are_most_like() -> None:
+    base = dict(zip(norms(3), matrices(3, (64,)), strict=True))
+    chain = Chain()
+    for i, change in zip((2, 0, 1), matrices(3, (64,), 5), strict=True):
+        chain.then("Mul", f"scale_{i}", base[norms(3)[i]] + change / 2)
+    matches = match_weights(chain.graph, Weights(base))
+    assert places(matches) == {name: [(f"scale_{i}", "by content")] for i, name in enumerate(norms(3))}
+
+
+def test_a_norm_that_the_graph_holds_twice_has_two_places() -> None:
+    (norm,) = matrices(1, (64,))
+    chain = Chain().then("Mul", "one", norm).then("Mul", "other", norm).then("Mul", "third", norm * 2)
+    matches = match_weights(chain.graph, Weights({"norm.weight": norm}))
+    assert places(matches) == {"norm.weight": [("one", "by content"), ("other", "by content")]}
+
+
+def test_a_norm_that_is_one_more_than_another_is_itself() -> None:
+    (norm,) = matrices(1, (64,))
+    base = {"a.weight": norm, "b.weight": norm + np.float32(1)}
+    chain = Chain().then("Mul", "first", base["b.weight"]).then("Mul", "second", base["a.weight"])
+    matches = match_weights(chain.graph, Weights(base))
+    assert places(matches) == {"a.weight": [("second", "by content")], "b.weight": [("first", "by content")]}
 
 
 def test_a_norm_that_was_replaced_is_what_is_left_over() -> None:
@@ -337,6 +393,15 @@ def test_what_is_not_there_is_missing_and_what_is_no_weight_is_another() -> None
     assert matches.others == ("onnx::MatMul_3", "onnx::MatMul_4")
 
 
+@pytest.mark.parametrize("turned", [True, False])
+def test_what_is_left_over_lies_as_the_others_do(turned: bool) -> None:
+    weights = layers((24, 24))
+    held = [*list(weights.values())[:3], matrices(1, (24, 24), 8)[0]]
+    matches = match_weights(nameless(held, turned).graph, Weights(weights))
+    match = only(matches, NAMES[3])
+    assert (match.initializer, match.transposed, match.how) == ("onnx::MatMul_3", turned, "by place")
+
+
 def test_a_weight_of_noise_is_told_by_its_name_alone() -> None:
     weights = layers()
     held = {**weights, NAMES[1]: matrices(1, seed=8)[0]}
@@ -395,6 +460,40 @@ def test_weights_in_codes_are_quantised() -> None:
     assert matches.quantized == tuple(NAMES)
     assert matches.missing == ("head.weight",)
     assert list(matches.found) == ["norm.weight"]
+
+
+@pytest.mark.parametrize(
+    ("operator", "codes", "scales", "attributes", "quantized"),
+    [
+        ("DequantizeLinear", (32, 64), (32,), {"axis": 0}, True),
+        ("DequantizeLinear", (64, 32), (32,), {"axis": 1}, True),
+        ("DequantizeLinear", (32, 32), (32,), {"axis": 1}, False),
+        ("DequantizeLinear", (64,), (1,), {"axis": 0}, False),
+        ("GatherBlockQuantized", (32, 32), (32, 2), {"bits": 4}, True),
+        ("GatherBlockQuantized", (64, 32), (64, 2), {"bits": 4}, False),
+        ("QMoE", (4, 32, 32), (4, 32), {}, True),
+        ("MatMulNBits", (96, 2, 16), (96, 2), {"N": 96, "K": 64}, True),
+        ("MatMulNBits", (16, 2, 16), (16, 2), {"N": 16, "K": 64}, False),
+        ("MatMulNBits", (96, 1, 16), (96, 1), {"N": 96, "K": 32}, False),
+    ],
+)
+def test_codes_are_of_the_weights_whose_shapes_they_have(
+    operator: str,
+    codes: tuple[int, ...],
+    scales: tuple[int, ...],
+    attributes: dict[str, int],
+    quantized: bool,
+) -> None:
+    chain = Chain()
+    held = chain.constant("codes", np.zeros(codes, np.uint8))
+    inputs = [held, chain.last] if operator == "GatherBlockQuantized" else [held]
+    if operator in ("QMoE", "MatMulNBits"):
+        inputs = [chain.last, held]
+    chain.last = chain.node(
+        operator, *inputs, chain.constant("scales", np.ones(scales, np.float32)), **attributes
+    )
+    matches = match_weights(chain.graph, Weights({"a.weight": matrices(1, (32, 64))[0]}))
+    assert (matches.quantized, matches.missing) == ((("a.weight",), ()) if quantized else ((), ("a.weight",)))
 
 
 def test_what_is_no_floating_point_number_is_passed_over() -> None:

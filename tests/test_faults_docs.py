@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import ast
 import re
-from pathlib import Path
 
 import pytest
+from citations import TESTS, cited, clauses_of, defined_in
 from faults.readers import SUFFIXES
 from faults.writers import WRITERS
 
-TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "faults.md").read_text("utf-8")
-CLAUSES = dict(re.findall(r"^## (\d+\. [^\n]*)\n(.*?)(?=^## )", PAGE, re.MULTILINE | re.DOTALL))
-
-
-def cited(clause: str) -> list[tuple[str, str]]:
-    """Module and test of each citation; `::test` alone is of the module before."""
-    module, found = "", []
-    for name, test in re.findall(r"`(test_\w+\.py)?::(test_\w+)`", clause.partition("*Tests:*")[2]):
-        module = name or module
-        found.append((module, test))
-    return found
-
-
-def defined_in(module: str) -> set[str]:
-    parsed = ast.parse((TESTS / module).read_text("utf-8"))
-    return {node.name for node in parsed.body if isinstance(node, ast.FunctionDef)}
+CLAUSES = clauses_of("faults.md")
 
 
 @pytest.mark.parametrize("clause", CLAUSES)

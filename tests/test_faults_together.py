@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from faults.inputs import make_inputs
+from faults.inputs import inputs_of_session
 from faults.readers import SUFFIXES
 from faults.remote import call, skip_unless_held
 from faults.together import PAIRS, reader_and_writer, two_writers
@@ -17,7 +17,7 @@ from faults.together import PAIRS, reader_and_writer, two_writers
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     skip_unless_held()
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
+    return inputs_of_session(tmp_path_factory)
 
 
 @pytest.mark.slow

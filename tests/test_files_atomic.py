@@ -395,3 +395,20 @@ def test_room_is_asked_for_and_both_numbers_are_said(tmp_path: Path, monkeypatch
 def test_more_than_any_disk_has_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileError, match=f"expected {1 << 80} bytes free, got [0-9]+; free some space"):
         require_space(tmp_path, 1 << 80)
+
+
+def test_a_folder_goes_in_one_step_and_what_a_killed_process_leaves_of_it_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _write_two_files(tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)  # as if killed before it
+        partial.discard(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    partial.remove_abandoned(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    partial.discard(tmp_path / "out")  # which is not there
+    _write_two_files(tmp_path / "out")
+    partial.discard(tmp_path / "out")
+    assert not list(tmp_path.iterdir())

@@ -4,7 +4,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loracle.files.peft_keys import Wrappers, adapter_name_in, copy_in_wrapper, split_key, unwrap, wrap
+from loracle.files.peft_keys import (
+    Wrappers,
+    adapter_name_in,
+    copy_in_wrapper,
+    split_key,
+    unwrap,
+    without_base_layers,
+    wrap,
+)
 
 COMPONENTS = st.sampled_from(["a", "b", "out_proj", "base_layer", "token_adapter", "weight"])
 PATHS = st.lists(COMPONENTS, min_size=1, max_size=5).map(".".join)
@@ -24,6 +32,7 @@ PATHS = st.lists(COMPONENTS, min_size=1, max_size=5).map(".".join)
         ("base_model.model..lora_A.weight", None),
         ("base_model.a.lora_A.weight", None),
         ("base_model.model.", None),
+        ("base_model.model..a.weight", None),
     ],
 )
 def test_a_key_is_a_path_and_a_part(key: str, expected: tuple[str, str] | None) -> None:
@@ -58,6 +67,7 @@ def test_an_adapter_s_name_is_found_in_the_keys_of_a_model(key: str, name: str |
         ("e.inner.bias", {"e": 3}, (), "e.base_layer.base_layer.base_layer.inner.bias"),
         ("m.embed.weight", {"m.q": 1}, ("m.embed",), "m.embed.token_adapter.base_layer.weight"),
         ("q.bias", {"p": 1}, (), "q.bias"),
+        (".base_layer.q.bias", {".base_layer.q": 1}, (), ".base_layer.q.base_layer.bias"),
     ],
 )
 def test_wrappers_lie_around_what_is_in_an_adapted_module(
@@ -94,6 +104,56 @@ def test_the_first_parameter_lies_innermost() -> None:
     unnamed = Wrappers.of((), ("m.e", "m.e.base_layer"), lambda _: False)
     assert unnamed.key("m.e.base_layer", "A") == "base_model.model.m.e.base_layer.lora_A.weight"
     assert unnamed.depths == {"m.e": 2}
+
+
+def test_modules_and_stacked_parameters_of_one_adapter() -> None:
+    wrappers = Wrappers.of(("m.q", "m.e.w"), ("m.e.x", "m.e.y"), lambda path: path != "m.q")
+    assert wrappers.depths == {"m.q": 1, "m.e.w": 1, "m.e": 2}
+    assert wrappers.stacked == {"m.e": ["m.e.x", "m.e.y"]}
+    assert wrappers.paths == {
+        "m.q": "m.q",
+        "m.e.w": "m.e.base_layer.base_layer.w",
+        "m.e.x": "m.e.base_layer",
+        "m.e.y": "m.e",
+    }
+    mixed = Wrappers.of((), ("m.f.base_layer", "m.f", "m.e.x"), lambda path: path == "m.e.x")
+    assert mixed.paths == {"m.f.base_layer": "m.f.base_layer", "m.f": "m.f", "m.e.x": "m.e"}
+    assert mixed.stacked == {"m.f": ["m.f.base_layer", "m.f"], "m.e": ["m.e.x"]}
+
+
+def test_a_whole_tensor_lies_below_the_wrappers_of_its_module() -> None:
+    wrappers = Wrappers.of(("m.q",), (), lambda _: True)
+    assert wrappers.tensor_key("m.q.bias", ()) == "base_model.model.m.q.base_layer.bias"
+    assert wrappers.tensor_key("m.k.bias", ()) == "base_model.model.m.k.bias"
+    key = "base_model.model.m.e.token_adapter.base_layer.weight"
+    assert wrappers.tensor_key("m.e.weight", ("m.e",)) == key
+
+
+def test_wrappers_at_the_end_are_counted_where_pairs_lie_above_them() -> None:
+    assert unwrap("a.base_layer.base_layer", ("a", "a.base_layer")) == ("a", 2)
+    assert unwrap("a.base_layer.base_layer", ("a.base_layer",)) == ("a.base_layer", 1)
+    assert unwrap("a.base_layer", ("b",)) == ("a.base_layer", 0)
+    assert unwrap("a", ("",)) == ("a", 0)
+    assert unwrap(".base_layer.a.base_layer", (".base_layer.a",)) == (".base_layer.a", 1)
+
+
+@pytest.mark.parametrize(
+    ("path", "stem", "count"),
+    [
+        ("a", "a", 0),
+        ("a.base_layer", "a", 1),
+        ("a.base_layer.base_layer", "a", 2),
+        (".base_layer.a.base_layer", ".base_layer.a", 1),
+        ("a.base_layer.b", "a.base_layer.b", 0),
+    ],
+)
+def test_base_layers_at_the_end_are_taken_off(path: str, stem: str, count: int) -> None:
+    assert without_base_layers(path) == (stem, count)
+
+
+def test_the_first_wrapper_in_a_name_counts() -> None:
+    name = "a.modules_to_save.b.modules_to_save.bias"
+    assert copy_in_wrapper(name) == ("a", "a.b.modules_to_save.bias", True)
 
 
 def test_a_saved_module_s_wrapper_is_seen_in_a_name() -> None:

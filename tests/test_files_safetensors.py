@@ -1,6 +1,9 @@
 """The safetensors format, read and written: the safetensors library is the independent opinion."""
 
+import contextlib
 import json
+import mmap
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
+from loracle.files import safetensors_file
 from loracle.files.safetensors_file import DTYPES, SafetensorsFile
 from loracle.files.safetensors_writer import safetensors_header, write_safetensors
 from loracle.reference import DTypeError, FileError
@@ -162,3 +166,114 @@ def test_a_fingerprint_tells_headers_and_both_ends_and_the_middle_of_tensors(tmp
     assert fingerprint(other) == fingerprint(values)
     empty = np.zeros((0, 4), np.float32)
     assert fingerprint(empty) == fingerprint(empty)
+
+
+@pytest.mark.parametrize(
+    ("header", "size", "message"),
+    [
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4, "malformed header entry of a; download the file again"),
+        (
+            {"a": _entry(0, 8, [1], "C64")},
+            8,
+            f"a has dtype C64, expected one of {', '.join(DTYPES)}; convert the checkpoint",
+        ),
+        (
+            {"a": _entry(0, 0, [1] * 32 + [0])},
+            0,
+            "a has a shape of 33 axes that no array has; download it again",
+        ),
+        (
+            {"a": _entry(0, 0, [0, 2**61, 2**1])},
+            0,
+            "a has a shape of 3 axes that no array has; download it again",
+        ),
+        ({"a": _entry(0, 8, [1])}, 8, "a does not lie within the file; download the file again"),
+        ({"a": _entry(0, 8, [2])}, 4, "a does not lie within the file; download the file again"),
+        ([], 0, "expected a JSON object, got list; restore the file"),
+    ],
+)
+def test_what_the_library_let_through_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: Any, size: int, message: str
+) -> None:
+    """The file may have changed since the library has seen it, or a later library be less strict."""
+    monkeypatch.setattr(safetensors_file, "safe_open", lambda *_, **__: contextlib.nullcontext())
+    path = _file(tmp_path / "x.safetensors", json.dumps(header), bytes(size))
+    where = f"{path} (header)" if header == [] else str(path)
+    with pytest.raises(FileError, match=f"^{re.escape(f'{where}: {message}')}$"):
+        SafetensorsFile(path)
+
+
+def test_a_header_must_fit_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "safe_open", lambda *_, **__: contextlib.nullcontext())
+    for length, fits in ((2, True), (3, False), (10, False)):
+        path = _file(tmp_path / "x.safetensors", "{}", b"", length)
+        if fits:
+            assert SafetensorsFile(path).entries == {}
+            continue
+        message = f"{path}: header of {length} bytes does not fit the file; download it again"
+        with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
+            SafetensorsFile(path)
+    monkeypatch.setattr(safetensors_file, "MAX_BYTES", 1)
+    path = _file(tmp_path / "x.safetensors", "{}", b"")
+    with pytest.raises(FileError, match="header of 2 bytes does not fit the file"):
+        SafetensorsFile(path)
+
+
+def test_a_file_that_cannot_be_mapped_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(safetensors_file, "safe_open", lambda *_, **__: contextlib.nullcontext())
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(b"")
+    message = f"{path}: cannot be read (cannot mmap an empty file); check the file"
+    with pytest.raises(FileError, match=f"^{re.escape(message)}$"):
+        SafetensorsFile(path)
+
+
+def test_shapes_of_as_many_axes_and_bytes_as_arrays_have(tmp_path: Path) -> None:
+    header = {"a": _entry(0, 0, [1] * 31 + [0]), "b": _entry(0, 0, [0, 2**60], "F32"), "c": _entry(0, 4, [1])}
+    file = SafetensorsFile(_file(tmp_path / "x.safetensors", json.dumps(header), bytes(4)))
+    assert file.tensor("a").shape == (1,) * 31 + (0,)
+    assert file.tensor("b").shape == (0, 2**60)
+    assert file.tensor("c").tolist() == [0.0]
+
+
+class _Map:
+    """Takes down what is given back of a map of memory."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.advised: list[tuple[int, int, int]] = []
+
+    def madvise(self, option: int, start: int, length: int) -> None:
+        self.advised.append((option, start, length))
+
+
+def test_whole_pages_of_a_tensor_are_given_back_and_no_others(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    arrays = {"big": np.zeros(3 * page, np.uint8), "small": np.zeros(5, np.uint8)}
+    arrays |= {"two": np.zeros(2 * page, np.uint8), "last": np.zeros(page // 2, np.uint8)}
+    write_safetensors(tmp_path / "x.safetensors", arrays)
+    file = SafetensorsFile(tmp_path / "x.safetensors")
+    seen = _Map(file.nbytes)
+    file._bytes = seen  # type: ignore[assignment]
+    for name, entry in file.entries.items():
+        seen.advised.clear()
+        file.release(name)
+        pages = [
+            start
+            for start in range(0, entry.offset + entry.nbytes, page)
+            if entry.offset <= start and start + page <= entry.offset + entry.nbytes
+        ]
+        expected = [(mmap.MADV_DONTNEED, pages[0], len(pages) * page)] if pages else []
+        assert seen.advised == expected, name
+    assert len(arrays) == len(file.entries)
+
+
+def test_a_tensor_of_pages_alone_is_given_back_whole(tmp_path: Path) -> None:
+    page = mmap.PAGESIZE
+    text = json.dumps({"a": _entry(0, page, [page], "U8")})
+    path = _file(tmp_path / "x.safetensors", text.ljust(page - 8), bytes(page))
+    file = SafetensorsFile(path)
+    seen = _Map(file.nbytes)
+    file._bytes = seen  # type: ignore[assignment]
+    file.release("a")
+    assert seen.advised == [(mmap.MADV_DONTNEED, page, page)]

@@ -6,14 +6,16 @@ python tests/verify_page.py
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-from candidates.runs import RUNS, SECTIONS, Workshop, cells
+from candidates.runs import SECTIONS, Run, Workshop, said, untold
 
 from loracle.demo.smollm2 import model_folder
 from loracle.files import cache_folder
 
 PAGE = Path(__file__).parent.parent / "docs" / "verify.md"
+SEPARATOR = "; "
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
 
 HEAD = """Written by `make verify-table` from what `verify` says, and held to it by the tests: every weight of
@@ -24,7 +26,7 @@ said), a GPT-2, a BERT classifier, and SmolLM2-135M-Instruct.
 COLUMNS = ("candidate", "made with", "base", "what verify says of its weights", "passes", "what to do")
 
 
-def line(row: tuple[str, ...]) -> str:
+def line(row: Sequence[str]) -> str:
     """A line of a table."""
     return f"| {' | '.join(row)} |\n"
 
@@ -38,19 +40,26 @@ def rows(page: Path = PAGE) -> dict[tuple[str, ...], tuple[str, ...]]:
         if read.startswith("### "):
             section = read.removeprefix("### ")
         elif read.startswith("| ") and not read.startswith(("| --- ", f"| {COLUMNS[0]} ")):
-            row = tuple(cell.strip() for cell in read.strip("|").split(" | "))
-            found[section, *row[:3]] = row[3:]
+            name, tool, bases, *others = (cell.strip() for cell in read.strip("|").split(" | "))
+            found.update({(section, name, tool, base): tuple(others) for base in bases.split(SEPARATOR)})
     return found
 
 
 def tables(workshop: Workshop) -> str:
-    """What stands between the markers."""
+    """What stands between the markers. Bases of which the same is said share a line."""
     text = HEAD
-    for section in SECTIONS:
+    for section, cases in SECTIONS.items():
         text += f"\n### {section}\n\n{line(COLUMNS)}{line(('---',) * len(COLUMNS))}"
-        for run in (run for run in RUNS if run.section == section):
-            print(*run.key, sep=", ", flush=True)
-            text += line(cells(run, workshop.report(run)[0]))
+        for case in cases:
+            lines: dict[str, list[str]] = {}
+            for subject in case.subjects:
+                print(section, case.name, case.tool, subject, sep=", ", flush=True)
+                cell = said(workshop.report(Run(section, case, subject))[0])
+                alike = next((first for first in lines if untold(first) == untold(cell)), cell)
+                lines.setdefault(alike, []).append(subject)
+            for cell, bases in lines.items():
+                passes = "yes" if case.passes else "no"
+                text += line((case.name, case.tool, SEPARATOR.join(bases), cell, passes, case.advice))
     return text
 
 

@@ -93,7 +93,7 @@ def _constant_difference(candidate: ir.Graph, base: ir.Graph, weights: frozenset
 
 def _small_constants(graph: ir.Graph, weights: frozenset[str]) -> list[tuple[str, tuple[object, ...]]]:
     return [
-        (name, (own.tensor.dtype, own.shape, own.tensor.tobytes()))
+        (name, (own.tensor.dtype, own.shape, own.read(lambda array: array.tobytes())))
         for name, own in held_tensors(graph).items()
-        if name not in weights and own.size <= _SMALL
+        if name not in weights and own.size <= _SMALL and own.tensor.dtype != ir.DataType.STRING
     ]

@@ -95,8 +95,8 @@ def _power(place: int) -> str:
 
 
 def _words(place: int, entries: int) -> str:
-    least = 2 ** (place - 2) + 1 if place > 2 else max(0, place)
     most = 0 if place == 0 else 2 ** (place - 1)
+    least = most // 2 + 1
     where = f"{most:,}" if least >= most else f"{least:,} to {most:,}"
     return f"{entries:,} {'entry' if entries == 1 else 'entries'} at {where} ulp"
 

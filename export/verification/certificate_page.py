@@ -53,6 +53,7 @@ def render(certificate: Certificate) -> str:
         size=_size,
         furthest=_furthest,
         number=_number,
+        ratio=_ratio,
         finite=lambda value: value is not None and math.isfinite(value),
     )
 
@@ -109,3 +110,10 @@ def _furthest(own: WeightVerdict) -> str:
 def _number(value: float) -> str:
     """A float as it is read back."""
     return repr(float(value)).replace("-", "−")
+
+
+def _ratio(value: float) -> str:
+    """A share of something, or how many times it."""
+    if value <= 1:
+        return f"{value:.2g} of"
+    return f"{value:,.0f} times" if value >= 10 else f"{value:.2g} times"

@@ -68,3 +68,9 @@ def _clauses(report: VerifyReport) -> Iterator[Clause]:
             "Quantised weights: codes are proven, the loss is measured",
             "No bound covers codes: the outputs' distance from the unmerged model in float64 is measured.",
         )
+    if report.metric is not None and report.metric.bound is not None:
+        yield Clause(
+            "7.3",
+            "Perplexity and losses",
+            "The candidate's mean loss on the data is held to twice the bound of its logits.",
+        )

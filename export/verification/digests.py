@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -105,8 +106,8 @@ class Digests:
 
     def __enter__(self) -> Self:
         self._left = threading.Event()
-        self._pool = ThreadPoolExecutor(self._threads, "digest")
-        self._running: dict[tuple[int, int], Future[tuple[int, str]]] = {}
+        self._pool = ThreadPoolExecutor(self._threads)
+        self._running: dict[Hashable, Future[tuple[int, str]]] = {}
         self._inputs: list[tuple[InputFiles, dict[str, Future[tuple[int, str]]]]] = []
         return self
 
@@ -136,24 +137,13 @@ class Digests:
         )
 
     def _start(self, path: Path) -> Future[tuple[int, str]]:
-        try:
+        place: Hashable = path
+        with suppress(OSError, ValueError):  # reported where the file is opened
             status = os.stat(path)
-        except (OSError, ValueError):  # reported where the file is opened
-            return self._pool.submit(_digest, path, self._left)
-        place = (status.st_dev, status.st_ino)
+            place = status.st_dev, status.st_ino
         if place not in self._running:
             self._running[place] = self._pool.submit(_digest, path, self._left)
         return self._running[place]
-
-
-def digest_files(files: Mapping[str, Path], threads: int = _THREADS) -> tuple[FileDigest, ...]:
-    """Return the digest of each file, in the order given: names, and where the files are.
-
-    Raises FileError: as `Digests.wait`.
-    """
-    with Digests(threads) as digests:
-        digests.add(InputFiles("", "", "", files))
-        return digests.wait()[0].files
 
 
 def _digest(path: Path, left: threading.Event) -> tuple[int, str]:
@@ -162,7 +152,7 @@ def _digest(path: Path, left: threading.Event) -> tuple[int, str]:
     digest, size = hashlib.sha256(), 0
     buffer = bytearray(_BLOCK_BYTES)
     try:
-        with path.open("rb", buffering=0) as file:
+        with path.open("rb") as file:
             while not left.is_set() and (read := file.readinto(buffer)):
                 digest.update(memoryview(buffer)[:read])
                 size += read

@@ -7,7 +7,7 @@ unmerged model, and returns what that returns. These values are compared in the 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from ..texts import Texts
 from .foreign_inputs import Interface
 from .foreign_outputs import one_input, open_foreign, run_input
 from .foreign_session import ForeignSession
-from .graph_paths import Between, between, described
+from .graph_paths import Between, behind, between, described
 from .module_places import INPUT, OUTPUT, Gap, Place, module_places
 from .module_values import ModuleValues, module_values
 from .truth import Float64Model
@@ -45,7 +45,7 @@ class FirstDifference:
         error: its largest error, held to `tolerance`.
         sources: what it is computed from, all of which is right.
         nodes: the graph's nodes between them and it, as operator and name.
-        also: paths of other modules whose input is right and whose output is not.
+        also: paths of other modules whose input is right and whose output is not, and does not depend on it.
         compared: how many values were compared.
     """
 
@@ -86,6 +86,7 @@ def first_difference_node(
     texts: Texts | None,
     *,
     trusted: bool = False,
+    rounded_to: np.dtype[Any] | None = None,
 ) -> FirstDifference | None:
     """Run the longest text, or an image, through the graph and through the unmerged model, and compare what
     modules with weights read and return.
@@ -99,6 +100,7 @@ def first_difference_node(
         config: the content of the merged model's `config.json`.
         texts: None for a model of images.
         trusted: whether the folder's own modelling code may run.
+        rounded_to: the dtype in which weights were merged that the graph holds in a wider one.
 
     Returns:
         None where every value that can be compared is inside its bound: then the difference arises behind
@@ -111,7 +113,7 @@ def first_difference_node(
     feeds, interface = one_input(session, texts, config), session.interface
     del session
     truth = Float64Model(model_dir, adapter, task, config, trusted=trusted)
-    modules = module_values(truth, feeds, multiplied_dtype(model.graph))
+    modules = module_values(truth, feeds, multiplied_dtype(model.graph, rounded_to))
     del truth
     return compared_with(modules, interface, model, matches, feeds, config)
 
@@ -164,7 +166,7 @@ def first_difference(
         own[terms].tolerance,
         tuple(known[value] for value in path.sources),
         tuple(described(node) for node in _suspects(place, terms, path)),
-        _alike(gaps, inside, place),
+        _alike(gaps, inside, place, behind(graph, terms)),
         len(gaps),
     )
 
@@ -185,14 +187,18 @@ def _alike(
     gaps: Sequence[tuple[Place, Mapping[Terms, Gap]]],
     inside: Mapping[int, bool],
     first: Place,
+    following: Collection[ir.Node],
 ) -> tuple[str, ...]:
-    """Other modules that have a right input and a wrong output."""
+    """Other modules that have a right input and a wrong output, at nodes that follow nothing wrong."""
     given = {place.module: inside[id(place)] for place, _ in gaps if place.side == INPUT}
-    returned = {place.module: inside[id(place)] for place, _ in gaps if place.side == OUTPUT}
     return tuple(
-        module
-        for module, is_right in given.items()
-        if is_right and not returned.get(module, True) and module != first.module
+        place.module
+        for place, _ in gaps
+        if place.side == OUTPUT
+        and not inside[id(place)]
+        and given.get(place.module, True)
+        and place.module != first.module
+        and place.node not in following
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -64,6 +65,10 @@ _SIGNS = (
     _Sign(Role.PIXELS, r"pixel", (4,), "f"),
 )
 _CACHE = re.compile(r"past|cache|key|value|kv")
+# What is made for a graph that demands a size must fit into memory, whatever it demands.
+_LONGEST_AXIS = 2**16
+_MOST_ENTRIES = 2**24
+_MOST_TOKENS = 2**14
 
 
 @dataclass(frozen=True)
@@ -154,7 +159,15 @@ def _entry(graph: Path, node: onnxruntime.NodeArg) -> Entry:
     dtype = _TYPES.get(node.type)
     if dtype is None:
         raise FileError(f"{graph}: {node.name}: expected an input of {', '.join(_TYPES)}, got {node.type}")
-    return Entry(str(node.name), dtype, tuple(node.shape))
+    entry = Entry(str(node.name), dtype, tuple(node.shape))
+    fixed = [length for length in entry.axes if isinstance(length, int)]
+    most = _MOST_TOKENS if dtype.kind in _INTEGERS else _MOST_ENTRIES
+    if not all(0 < length <= _LONGEST_AXIS for length in fixed) or math.prod(fixed) > most:
+        raise FileError(
+            f"{graph}: {entry.name}: expected an input of at most {most} entries, got {list(entry.axes)}; "
+            "export the model with open axes"
+        )
+    return entry
 
 
 def _by_role(graph: Path, entries: Sequence[Entry]) -> tuple[dict[Role, Entry], list[Entry]]:

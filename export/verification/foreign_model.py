@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+
+from loracle.files import MergedWeights
 from loracle.files.sidecar import CONFIG_FILE
 from loracle.reference import FileError
 
 from ..architecture import check_supported
 from ..external import load_graph, parse_graph
-from ..names import GRAPH_FILE, GRAPH_SUFFIX
-from ..options import OPTIONS_KEY
+from ..names import GRAPH_FILE, GRAPH_SUFFIX, OPTIONS_KEY
 from .asked import Asked, Found
 from .foreign_candidate import judge_foreign
 from .foreign_outputs import check_foreign_outputs
@@ -19,7 +25,10 @@ from .graph_summary import foreign_graph_summary
 from .input_files import onnx_files
 from .judge import Judge
 from .located import located, texts_for
+from .one_weight import coarser
+from .verdict import Verdict, WeightVerdict
 from .weight_matching import match_weights
+from .weight_products import multiplied_dtype
 from .weights_check import weights_check
 
 
@@ -57,16 +66,32 @@ def verify_foreign(graph: Path, asked: Asked) -> Found:
     if left_out is not None:
         return Found((*checks, left_out), verdicts, graph=summary, file=graph, model=model)
     texts = texts_for(model, graph, asked)
-    outputs = check_foreign_outputs(
-        graph,
-        model,
-        task,
-        asked.model_dir,
-        adapter,
-        weights.config,
-        texts,
-        asked.new_tokens,
-        asked.trusted,
-    )
-    outputs = located(outputs, graph, model, matches, task, texts, asked)
+    dtypes = (None, _rounded_to(verdicts, weights, model.graph))
+    for rounded_to in dict.fromkeys(dtypes):
+        outputs = check_foreign_outputs(
+            graph,
+            model,
+            task,
+            asked.model_dir,
+            adapter,
+            weights.config,
+            texts,
+            asked.new_tokens,
+            asked.trusted,
+            rounded_to=rounded_to,
+        )
+        if all(check.passed for check in outputs.checks):
+            break
+    outputs = located(outputs, graph, model, matches, task, texts, asked, rounded_to=rounded_to)
     return Found((*checks, *outputs.checks), verdicts, outputs, graph=summary, file=graph, model=model)
+
+
+def _rounded_to(
+    verdicts: Sequence[WeightVerdict], weights: MergedWeights, graph: ir.Graph
+) -> np.dtype[Any] | None:
+    """The base's coarsest dtype among weights that are the merge only within its rounding, where the graph
+    has a finer one: what was merged in bfloat16 may answer as bfloat16 does, in float32 too."""
+    within = (Verdict.ROUNDED_TWICE, Verdict.WITHIN_ULPS)
+    kinds = [weights.dtype(said.name) for said in verdicts if said.passed and said.verdict in within]
+    coarsest, own = reduce(coarser, kinds, np.dtype(np.float64)), multiplied_dtype(graph)
+    return None if coarser(own, coarsest) == own else coarsest

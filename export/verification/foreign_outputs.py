@@ -37,12 +37,14 @@ def check_foreign_outputs(
     texts: Texts | None,
     new_tokens: int,
     trusted: bool = False,
+    *,
+    rounded_to: np.dtype[Any] | None = None,
 ) -> OutputsResult:
     """Run the texts, or images drawn from a seed, through onnxruntime and through the unmerged model in
     float64, and compare: logits or states, and the most likely tokens or classes.
 
     The bound is that of the dtype which most of the graph's weights are stored or multiplied in, whichever
-    is narrower. A graph of quantised products is measured instead.
+    is narrower, or of `rounded_to`. A graph of quantised products is measured instead.
 
     Args:
         graph_path: the graph's file.
@@ -53,6 +55,7 @@ def check_foreign_outputs(
         texts: None for a model of images.
         new_tokens: how many tokens a decoder writes after each text.
         trusted: whether the folder's own modelling code may run.
+        rounded_to: the dtype in which weights were merged that the graph holds in a wider one.
 
     Raises:
         ConfigError: the model has an encoder and a decoder.
@@ -63,9 +66,9 @@ def check_foreign_outputs(
     from .truth import Float64Model, Truth
 
     session = open_foreign(graph_path, task, config)
-    dtype, quantised = multiplied_dtype(ir_model.graph), is_quantized(ir_model.graph)
+    dtype, quantised = multiplied_dtype(ir_model.graph, rounded_to), is_quantized(ir_model.graph)
     if not task.cached:
-        batches, answers = encoder_answers(session, texts, config)
+        batches, answers = encoder_answers(session, task, texts, config)
         del session
         model = Float64Model(model_dir, adapter, task, config, trusted=trusted)
         return judge_answers(task, batches, answers, model, dtype, quantised=quantised)
@@ -135,16 +138,16 @@ def _prompts(
 
 
 def encoder_answers(
-    session: ForeignSession, texts: Texts | None, config: Mapping[str, Any]
+    session: ForeignSession, task: Task, texts: Texts | None, config: Mapping[str, Any]
 ) -> tuple[list[Feeds], list[list[Array]]]:
     """What a model without a cache is given, by the names of the model's forward, and what it answers.
 
     Texts are one batch, padded on the right, where the graph has a mask and takes any batch; else they come
-    one by one.
+    one by one. Where it reads texts of one length alone, and has no mask, a shorter text is repeated.
 
     Raises:
-        ShapeError: a text has more tokens than the model has positions, or not as many as a graph of one
-            length and without a mask reads.
+        ConfigError: as `one_input`.
+        ShapeError: a text has more tokens than the model has positions.
     """
     interface = session.interface
     if Role.PIXELS in interface.inputs:
@@ -155,17 +158,30 @@ def encoder_answers(
         raise _no_texts(session)
     names = _names(session)
     batched = session.has(Role.MASK) and interface.rows is None and interface.width is None
-    batches = [] if not batched else text_inputs(texts, names, config)
-    if not batched:
-        for tokens, types in zip(texts.tokens, texts.types, strict=True):
-            own = slice(interface.width)
-            (feeds,) = text_inputs(Texts((tokens[own],), (types[own],)), names, config)
-            batches.append(feeds)
-    return batches, [answer(session, feeds) for feeds in batches]
+    if batched:
+        batches = text_inputs(texts, names, config)
+    else:
+        batches = [_alone(session, texts, row, names, config) for row in range(len(texts.tokens))]
+    return batches, [answer(session, task, feeds) for feeds in batches]
 
 
-def answer(session: ForeignSession, feeds: Mapping[str, Array]) -> list[Array]:
-    """The outputs for texts, without what belongs to a length or a batch that the graph demands."""
+def _alone(
+    session: ForeignSession, texts: Texts, row: int, names: Sequence[str], config: Mapping[str, Any]
+) -> Feeds:
+    """One text, cut or repeated where the graph demands a length."""
+    width = session.interface.width
+    tokens, types = texts.tokens[row][:width], texts.types[row][:width]
+    (feeds,) = text_inputs(Texts((tokens,), (types,)), names, config)
+    if width is None or session.has(Role.MASK):
+        return feeds
+    return {name: np.resize(array, (1, width)) for name, array in feeds.items()}
+
+
+def answer(session: ForeignSession, task: Task, feeds: Mapping[str, Array]) -> list[Array]:
+    """The outputs for texts, without what belongs to a length or a batch that the graph demands.
+
+    Raises ShapeError: the graph has no mask, and reads texts of another length.
+    """
     interface = session.interface
     rows, length = feeds[INPUT_IDS].shape
     missing = 0 if interface.width is None else interface.width - length
@@ -179,16 +195,13 @@ def answer(session: ForeignSession, feeds: Mapping[str, Array]) -> list[Array]:
         name: np.tile(np.pad(array, ((0, 0), (0, missing))), (copies, 1)) for name, array in feeds.items()
     }
     found = session.run_texts(given[INPUT_IDS], given[ATTENTION_MASK], segments=given.get(TOKEN_TYPE_IDS))
-    padded = (interface.rows or rows, length + missing)
-    return [
-        array[:rows, :length] if missing and array.shape[:2] == padded else array[:rows]
-        for array in found[: len(interface.outputs)]
-    ]
+    kept = slice(None) if task.pooled else slice(length)
+    return [array[:rows, kept] for array in found[: len(interface.outputs)]]
 
 
 def _image_shape(axes: Sequence[int | str | None], config: Mapping[str, Any]) -> tuple[int, ...]:
     size = config.get("image_size")
-    height, width = size if isinstance(size, list) else (size, size)
+    height, width = size if isinstance(size, list) and len(size) == 2 else (size, size)
     known = (config.get("num_channels", 3), height, width)
     shape = [length if isinstance(length, int) else own for length, own in zip(axes, known, strict=True)]
     if not all(type(length) is int for length in shape):

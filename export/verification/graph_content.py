@@ -13,6 +13,7 @@ import onnx_ir as ir
 from loracle.files import Adapter
 
 from .adapter_left import AdapterLeft, find_adapter
+from .attention_order import exchanged_projections
 from .base_comparison import BaseComparison, compare_with_base
 from .content_signature import squeezed
 from .graph_tensors import Array, HeldTensor, constant_behind, held_tensors
@@ -21,6 +22,7 @@ from .weight_matching import AGAINST_NAME, Matches
 
 _NAMED = 8
 _MATRIX = 2
+_SINE_AND_COSINE = 2
 _LOOKUPS = ("Gather", "GatherND")
 _PRODUCTS = (
     "Conv",
@@ -35,7 +37,7 @@ _PRODUCTS = (
     "TransposeMatMul",
     *_LOOKUPS,
 )
-_LAYER = re.compile(r"\.(\d+)\.")
+_LAYER = re.compile(r"\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,11 @@ def describe_graph(
         sum(1 for _ in graph.all_nodes()),
         left,
         tuple(_strangers(graph, held, own)),
-        (*_against_names(matches), *_out_of_order(matches, held)),
+        (
+            *_against_names(matches),
+            *_out_of_order(matches, held),
+            *exchanged_projections(graph, matches, held),
+        ),
         None if base_graph is None else compare_with_base(model, base_graph, matches),
     )
 
@@ -112,12 +118,13 @@ def _strangers(graph: ir.Graph, held: Mapping[str, HeldTensor], others: Collecti
 
 
 def _is_table(held: HeldTensor) -> bool:
-    """Whether a matrix is one of sines or cosines of positions: those of the first position are equal."""
+    """Whether a matrix is one of sines and cosines of positions: the first are 0 and 1, or a multiple
+    of them."""
 
     def first_row(array: Array) -> Array:
         return np.array(array.reshape(-1, array.shape[-1])[0], np.float64)
 
-    return bool(np.ptp(held.read(first_row)) == 0)
+    return len(np.unique(held.read(first_row))) <= _SINE_AND_COSINE
 
 
 def _against_names(matches: Matches) -> Iterator[str]:

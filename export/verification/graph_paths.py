@@ -30,25 +30,36 @@ def between(graph: ir.Graph, wrong: Iterable[ir.Value], right: Collection[ir.Val
     What comes from the graph's inputs or its constants alone, as a mask or angles do, is left out.
     """
     sources: dict[ir.Value, None] = {}
-    behind: set[ir.Node] = set()
+    before: set[ir.Node] = set()
     waiting = list(wrong)
     while waiting:
         value = waiting.pop()
         node = value.producer()
         if value in right:
             sources[value] = None
-        elif node is not None and node not in behind:
-            behind.add(node)
+        elif node is not None and node not in before:
+            before.add(node)
             waiting += [own for own in node.inputs if own is not None]
     reached = set(sources)
     nodes = []
     for node in graph:
-        if node in behind and any(own in reached for own in node.inputs if own is not None):
+        if node in before and any(own in reached for own in node.inputs if own is not None):
             nodes.append(node)
             reached.update(node.outputs)
     if not sources:
-        nodes = [node for node in graph if node in behind]
+        nodes = [node for node in graph if node in before]
     return Between(tuple(nodes), tuple(sources))
+
+
+def behind(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
+    """The nodes that depend on some values of a graph."""
+    reached = set(values)
+    found = set()
+    for node in graph:
+        if any(own in reached for own in node.inputs if own is not None):
+            found.add(node)
+            reached.update(node.outputs)
+    return found
 
 
 def described(node: ir.Node) -> str:

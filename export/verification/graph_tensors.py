@@ -93,7 +93,9 @@ def held_tensors(graph: ir.Graph) -> dict[str, HeldTensor]:
             if value is not None:
                 first.setdefault(value, last)
         tensor = node.attributes.get("value")
-        if node.op_type == "Constant" and tensor is not None and tensor.type == ir.AttributeType.TENSOR:
+        if not node.outputs or tensor is None or tensor.is_ref() or node.op_type != "Constant":
+            continue
+        if tensor.type == ir.AttributeType.TENSOR:
             constants.append((node.outputs[0], tensor.as_tensor()))
     found: dict[str, HeldTensor] = {}
     for number, own in enumerate([graph, *graph.subgraphs()]):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from ..names import PIXEL_VALUES, TOKEN_TYPE_IDS
@@ -32,6 +34,8 @@ def located(
     task: Task,
     texts: Texts | None,
     asked: Asked,
+    *,
+    rounded_to: np.dtype[Any] | None = None,
 ) -> OutputsResult:
     """The outputs with, in the first check that fails, the node in which the difference arises."""
     failed = next((check for check in outputs.checks if not check.passed), None)
@@ -49,6 +53,7 @@ def located(
         asked.weights.config,
         texts,
         trusted=asked.trusted,
+        rounded_to=rounded_to,
     )
     line = "the graph's values are right as far as they can be compared" if first is None else str(first)
     told = replace(failed, failures=(*failed.failures, line))

@@ -24,7 +24,7 @@ _NEARER = 4
 
 def give_named(search: ContentSearch, named: Mapping[str, str]) -> None:
     """Give tensors to the weights of their names, unless they are like those by chance alone, or much more
-    like another one."""
+    like another one, or 1 more than they."""
     for held, name in named.items():
         home = search.home(name)
         if home is None:
@@ -32,11 +32,9 @@ def give_named(search: ContentSearch, named: Mapping[str, str]) -> None:
         group, index = home
         scored = [(float(search.similarities(p, group)[index]), p) for p in search.places(group, [held])]
         score, place = max(scored, key=lambda item: item[0], default=(0.0, Place(held)))
-        if 1 - score > ROUNDED and _is_one_more(search, held, group, index):
-            search.claim(name, Found(place, PLUS_ONE))
-        elif score < least_similarity(group.entries):
+        if score < least_similarity(group.entries) or _is_one_more(search, held, group, index):
             continue
-        elif 1 - score <= ROUNDED or 1 - score <= _NEARER * (1 - _best_similarity(search, held)):
+        if 1 - score <= ROUNDED or 1 - score <= _NEARER * (1 - _best_similarity(search, held)):
             search.claim(name, Found(place, BY_NAME))
 
 
@@ -54,7 +52,7 @@ def _best_similarity(search: ContentSearch, held: str) -> float:
         for group in search.groups.values()
         for place in search.places(group, [held])
     )
-    return max(scores, default=0.0)
+    return max(scores)
 
 
 def give_copies(search: ContentSearch, groups: Iterable[Group], least: float) -> None:
@@ -87,7 +85,7 @@ def give_left_over(search: ContentSearch, named: Mapping[str, str]) -> None:
 def _usual_way_last(search: ContentSearch, group: Group) -> list[Place]:
     """The places that hold nothing, those last that lie as the weights of the group that have been found."""
     known = [search.found[name][0].place.transposed for name in group.names if name in search.found]
-    usual = sum(known) * 2 > len(known)
+    usual = known.count(True) > known.count(False)
     return sorted(search.places(group), key=lambda place: place.transposed == usual)
 
 

@@ -117,8 +117,8 @@ def module_places(
         if len(found) == len(module.calls):
             for node, call in zip(sorted(found, key=order.__getitem__), module.calls, strict=True):
                 places += _places(module, call, *found[node])
-    own = {path: number for number, path in enumerate(modules)}
-    return sorted(places, key=lambda place: (order[place.node], place.side == OUTPUT, own[place.module]))
+    numbers = {path: number for number, path in enumerate(modules)}
+    return sorted(places, key=lambda place: (order[place.node], place.side == OUTPUT, numbers[place.module]))
 
 
 def _places(module: ModuleValues, call: Call, use: Use, rows: tuple[int, int] | None) -> list[Place]:

@@ -31,17 +31,19 @@ _LEARNED = {
     "text-classification": "sequence-classification",
     "token-classification": "token-classification",
 }
+_LOGITS = 2**24
+"""Most logits of a batch; in float64, and several times at once while deviations are sampled."""
 _UNNAMED = ("LABEL_0", "LABEL_1")
 """transformers' classes where a configuration names none."""
 
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """Examples, one a batch.
+    """Examples in batches, padded on the right.
 
     Attributes:
         task: what is learned of them.
-        batches: inputs by the names of the model's forward, (1, length), and "labels".
+        batches: inputs by the names of the model's forward, (rows, length), and "labels".
         shown: which examples, in words.
     """
 
@@ -50,7 +52,7 @@ class LabelledRows:
     shown: str
 
     def kept(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Which of a row's logits are of labels, True there, and these labels."""
+        """Which of a batch's logits are of labels, True there, and these labels."""
         labels = batch["labels"]
         if self.task.name == "causal-lm":
             labels = labels[:, 1:]  # the logits at a position are of the next token
@@ -98,8 +100,20 @@ def labelled_rows(
         shown += f", {encoded.shortened} of them cut at {longest} tokens"
     if encoded.left_out:
         shown += f", {encoded.left_out} left out"
+    together = _together(learned, encoded, config)
     # Tokens to be guessed are the same ones each time.
-    return LabelledRows(learned, tuple(held_out_batches(learned, encoded, tokenizer, 1, seed=0)), shown)
+    return LabelledRows(
+        learned, tuple(held_out_batches(learned, encoded, tokenizer, together, seed=0)), shown
+    )
+
+
+def _together(learned: LearningTask, encoded: EncodedData, config: Mapping[str, Any]) -> int:
+    """How many rows are a batch: as many as memory has room for the logits of."""
+    if learned.name != "causal-lm" and type(config.get("pad_token_id")) is not int:
+        return 1
+    classes = 1 if learned.classes else int(config.get("vocab_size") or 1)
+    longest = max(len(row.input_ids) for row in encoded.examples)
+    return max(1, _LOGITS // (longest * classes))
 
 
 def _learned(task: Task, rows: int) -> LearningTask:

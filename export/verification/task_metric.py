@@ -24,11 +24,12 @@ from loracle.reference import ConfigError
 from loracle.torch_impl.metrics import score_metrics
 from loracle.torch_impl.scores import Scores
 
-from ..names import INPUT_IDS
+from ..names import ATTENTION_MASK, INPUT_IDS
 from ..tasks import Task
 from .asked import DATA_ROWS
 from .foreign_outputs import answer, open_foreign
 from .foreign_session import ForeignDecoder
+from .one_weight import coarser
 from .report import Check
 from .task_data import Batch, LabelledRows, labelled_rows
 from .truth import Float64Model
@@ -104,6 +105,7 @@ def measure_task(
     rows: int = DATA_ROWS,
     max_length: int = LENGTH,
     trusted: bool = False,
+    rounded_to: np.dtype[Any] | None = None,
 ) -> TaskMetric:
     """Measure the base, the base with the adapter beside its weights, and the candidate.
 
@@ -118,6 +120,7 @@ def measure_task(
         rows: how many examples are read, the first of the file.
         max_length: how many tokens of each.
         trusted: whether the folder's own modelling code may run.
+        rounded_to: the dtype in which weights were merged that the candidate holds in a wider one.
 
     Raises:
         ConfigError: no data can be given for such a model, or no rows are asked for, or a checkpoint is of a
@@ -133,7 +136,7 @@ def measure_task(
     read = labelled_rows(
         data, task, tokenizer_dir or model_dir, config, rows=rows, max_length=max_length, trusted=trusted
     )
-    dtype = _stored_dtype(candidate) if graph is None else multiplied_dtype(graph)
+    dtype = _stored_dtype(candidate, rounded_to) if graph is None else multiplied_dtype(graph, rounded_to)
     # One model after the other: each takes eight bytes a weight.
     tolerances: list[float] = []
     trained = _figures(
@@ -154,14 +157,15 @@ def measure_task(
     return TaskMetric(base, trained, found, sum(labels), bound, shown, _check(trained, found, bound, shown))
 
 
-def _stored_dtype(folder: Path) -> np.dtype[Any]:
-    """The dtype with most of a checkpoint's entries."""
+def _stored_dtype(folder: Path, rounded_to: np.dtype[Any] | None) -> np.dtype[Any]:
+    """The dtype with most of a checkpoint's entries, or the coarser one in which they were rounded."""
     with Checkpoint(folder) as checkpoint:
         sizes: dict[np.dtype[Any], int] = {}
         for name in checkpoint.names:
             dtype = np.dtype(checkpoint.dtype(name))
             sizes[dtype] = sizes.get(dtype, 0) + math.prod(checkpoint.shape(name))
-    return max(sizes, key=sizes.__getitem__)
+    found = max(sizes, key=sizes.__getitem__)
+    return found if rounded_to is None else coarser(found, rounded_to)
 
 
 def _is_whole(model_dir: str | Path, adapter: Adapter | None) -> bool:
@@ -173,7 +177,8 @@ def _is_whole(model_dir: str | Path, adapter: Adapter | None) -> bool:
 
 
 Logits = Callable[[Mapping[str, Array]], Array]
-"""Inputs of one row, by the names of the model's forward, to its logits: (1, n, classes) or (1, classes)."""
+"""A batch's inputs, by the names of the model's forward, to its logits: (rows, n, classes), or
+(rows, classes)."""
 
 
 def _exact(model: Float64Model, dtype: np.dtype[Any]) -> Logits:
@@ -186,7 +191,7 @@ def _exact(model: Float64Model, dtype: np.dtype[Any]) -> Logits:
 
 
 def _sampled(model: Float64Model, dtype: np.dtype[Any], tolerances: list[float]) -> Logits:
-    """The logits; the tolerance of each row's is added to `tolerances`."""
+    """The logits; the tolerance of each batch's is added to `tolerances`."""
 
     def logits(feeds: Mapping[str, Array]) -> Array:
         (truth,) = model.evaluate_feeds(feeds, dtype).values()
@@ -197,11 +202,23 @@ def _sampled(model: Float64Model, dtype: np.dtype[Any], tolerances: list[float])
 
 
 def _answered(path: Path, task: Task, config: Mapping[str, Any]) -> Logits:
+    """The logits of a graph, which reads the rows one by one, without their padding."""
     session = open_foreign(path, task, config)
-    if task.cached:
-        decoder = ForeignDecoder(session)
-        return lambda feeds: decoder.logits(feeds[INPUT_IDS][0])[None]
-    return lambda feeds: answer(session, feeds)[0]
+    decoder = ForeignDecoder(session) if task.cached else None
+
+    def logits(feeds: Mapping[str, Array]) -> Array:
+        rows = []
+        for row, length in enumerate(feeds[ATTENTION_MASK].sum(1)):
+            own = {name: array[row : row + 1, :length] for name, array in feeds.items()}
+            found = (
+                answer(session, task, own)[0] if decoder is None else decoder.logits(own[INPUT_IDS][0])[None]
+            )
+            if found.ndim == 3:
+                found = np.pad(found, ((0, 0), (0, feeds[INPUT_IDS].shape[1] - length), (0, 0)))
+            rows.append(found)
+        return np.concatenate(rows)
+
+    return logits
 
 
 def _figures(read: LabelledRows, logits: Logits) -> dict[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-_BUCKETS = 66
+_POWERS = np.uint64(1) << np.arange(64, dtype=np.uint64)
 
 
 def bits(array: NDArray[Any]) -> NDArray[Any]:
@@ -37,8 +37,8 @@ def _ordered(array: NDArray[Any]) -> NDArray[np.int64]:
 def histogram(distance: NDArray[np.uint64]) -> NDArray[np.int64]:
     """Return how many distances are 0; 1; 2; 3 or 4; 5 to 8; and so on, for powers of two."""
     flat = distance.reshape(-1)
-    exponent = np.frexp(np.where(flat > 0, flat - np.uint64(1), 0).astype(np.float64))[1]
-    return np.bincount(np.where(flat > 0, exponent + 1, 0), minlength=_BUCKETS)
+    bucket = np.where(flat > 0, np.searchsorted(_POWERS, flat) + 1, 0)
+    return np.bincount(bucket, minlength=len(_POWERS) + 2)
 
 
 def named(counts: NDArray[np.int64]) -> tuple[tuple[int, int], ...]:

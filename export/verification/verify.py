@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -115,9 +116,12 @@ def verify(
         metric = (
             None if data is None else _metric(Path(data), DATA_ROWS if rows is None else rows, found, asked)
         )
-        inputs = running.wait()
+        candidate = str(candidate_dir if opened is None else opened.task.files[0])
+        inputs = tuple(
+            replace(own, path=candidate) if own.role == "candidate" else own for own in running.wait()
+        )
     return VerifyReport(
-        str(candidate_dir if opened is None else opened.task.files[0]),
+        candidate,
         str(given),
         None if adapter_dir is None else str(adapter_dir),
         found.checks if metric is None else (*found.checks, metric.check),
@@ -163,7 +167,7 @@ def _metric(data: Path, rows: int, found: Found, asked: Asked) -> TaskMetric:
     return measure_task(
         data,
         found.file,
-        found.model,
+        None if found.model is None else found.model.graph,
         task,
         asked.model_dir,
         asked.adapter,

@@ -6,14 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from loracle.reference import unit_roundoff
-
 from .graph_tensors import constant_behind
+from .one_weight import coarser
 
 #: What a weight passes through on its way to where it is used, unchanged but for layout and dtype.
 _THROUGH = frozenset({"Transpose", "Cast", "Identity", "Reshape", "Unsqueeze", "Squeeze", "Flatten"})
@@ -72,11 +72,14 @@ def uses_of(graph: ir.Graph, value: ir.Value) -> list[Use]:
     return [use for use in found if use is not None]
 
 
-def multiplied_dtype(graph: ir.Graph) -> np.dtype[Any]:
+def multiplied_dtype(graph: ir.Graph, rounded_to: np.dtype[Any] | None = None) -> np.dtype[Any]:
     """The dtype of the products with most of the weights' entries: that in which the weight is stored or
     multiplied, whichever is narrower; float32 where no weight is found.
 
     A cast of a few weights does not change it.
+
+    Args:
+        rounded_to: the dtype in which weights were merged that the graph holds in a wider one; None for none.
     """
     entries: Counter[np.dtype[Any]] = Counter()
     for node in ir.traversal.RecursiveGraphIterator(graph):
@@ -92,8 +95,9 @@ def multiplied_dtype(graph: ir.Graph) -> np.dtype[Any]:
             weight = producer.inputs[0]
         if weight is not None and weight.is_initializer() and weight.shape is not None and dtypes:
             widths = [length for length in weight.shape if isinstance(length, int)]
-            entries[max(dtypes, key=unit_roundoff)] += math.prod(widths)
-    return entries.most_common(1)[0][0] if entries else np.dtype(np.float32)
+            entries[reduce(coarser, dtypes)] += math.prod(widths)
+    found = entries.most_common(1)[0][0] if entries else np.dtype(np.float32)
+    return found if rounded_to is None else coarser(found, rounded_to)
 
 
 def is_quantized(graph: ir.Graph) -> bool:

@@ -64,7 +64,7 @@ class Group:
 
 def natural_order(name: str) -> tuple[tuple[int, str], ...]:
     """The key that sorts `layers.2` before `layers.10`."""
-    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name))
+    return tuple((int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d{1,9})", name))
 
 
 def weight_groups(weights: WeightSource) -> dict[Shape, Group]:

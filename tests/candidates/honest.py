@@ -16,6 +16,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 ROUNDED = (Verdict.EXACT, Verdict.ROUNDED_TWICE, Verdict.WITHIN_ULPS)
 OUTPUTS = "logits"
 """A part of the name of the check of outputs."""
+PRODUCTS = "products and no adapter"
+"""A part of the name of the check of a graph of others."""
 USE = "use it"
 CLOSE = "use it; `--exact` asks for one rounding, which `loracle merge` does"
 
@@ -183,7 +185,6 @@ GRAPHS = [
         (Verdict.EXACT,),
         True,
         USE,
-        quick=True,
     ),
     Case(
         "merged and exported in float16",
@@ -265,6 +266,6 @@ GRAPHS = [
         (Verdict.MISSING,),
         False,
         "merge first (`loracle merge`), and build from the merged checkpoint",
-        failing=("adapter",),
+        failing=(PRODUCTS,),
     ),
 ]

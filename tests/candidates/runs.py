@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,6 +29,7 @@ SECTIONS = {
 }
 
 RIGHT = (Verdict.EXACT, Verdict.UNTOUCHED)
+_TOLD = (Verdict.TWICE, Verdict.OTHER_SCALING, Verdict.OTHER_ADAPTER)
 WEIGHTS_CHECK = "merge"
 """A part of the name of the check that fails where a weight's verdict does."""
 
@@ -68,6 +69,7 @@ class Workshop:
     made: dict[str, Subject] = field(default_factory=dict)
 
     def subject(self, name: str) -> Subject:
+        """One of `SUBJECTS`, or the real one."""
         if name not in self.made:
             folder = self.root / name
             folder.mkdir()
@@ -89,33 +91,53 @@ class Workshop:
 
 
 def said(report: VerifyReport) -> str:
-    """The verdicts and how many weights have each, and the checks that fail; weights that are alone in
-    a verdict that fails are named."""
+    """The verdicts and how many weights have each, and the checks that fail besides. Weights are named where
+    one or two have a verdict that does not pass; what was found of a scaling or another update is told of
+    the first, in italics."""
     counts = Counter(weight.verdict for weight in report.weights)
     words = []
     for verdict in (verdict for verdict in Verdict if counts[verdict]):
-        words.append(f"{counts[verdict]} {verdict}")
+        word = f"{counts[verdict]} {verdict}"
         those = [weight for weight in report.weights if weight.verdict is verdict and not weight.passed]
         if 0 < len(those) <= 2:
-            words[-1] += f" ({', '.join(f'`{weight.name}`' for weight in those)})"
+            word += f" ({', '.join(f'`{_short(weight.name)}`' for weight in those)})"
+        if those and verdict in _TOLD:
+            word += f": *{those[0].detail.partition(';')[0].replace('*', '')}*"
+        words.append(word)
     failed = [c.name for c in report.checks if not c.passed and WEIGHTS_CHECK not in c.name]
-    return ", ".join(words) + (f"; fails: {', '.join(failed)}" if failed else "")
+    return "; ".join(words) + (f"; fails: {', '.join(failed)}" if failed else "")
 
 
-def cells(run: Run, report: VerifyReport) -> tuple[str, ...]:
-    """A run's line of the table."""
-    case = run.case
-    return case.name, case.tool, run.subject, said(report), "yes" if report.passed else "no", case.advice
+def _short(name: str) -> str:
+    return name.removeprefix("model.").removesuffix(".weight")
 
 
-def counted(cell: str, case: Case) -> Counter[str]:
-    """How many weights have each verdict, of what `said` says. Where a case allows a merge that is rounded
-    otherwise, which of these it is differs from machine to machine, and they count as one."""
-    counts: Counter[str] = Counter()
-    one = set(map(str, ROUNDED)) if set(case.merged) == set(ROUNDED) else set()
-    for number, word in re.findall(r"(?:^|, )(\d+) ([^;`(]*?)(?= \(`|, \d|;|$)", cell):
-        counts["rounded" if word in one else word] += int(number)
-    return counts
+def untold(cell: str) -> str:
+    """What `said` says, without what is in italics: its figures are those of one base and machine."""
+    return re.sub(r": \*[^*]*\*", "", cell)
+
+
+@dataclass(frozen=True)
+class Said:
+    """What a cell of the page says, as far as it is the same on every machine and for every base.
+
+    Where a case allows a merge that is rounded otherwise, which of the verdicts that pass it is may differ,
+    and they count as one.
+    """
+
+    counts: Mapping[str, int]
+    named: frozenset[str]
+    failed: str
+
+    @classmethod
+    def parse(cls, cell: str, case: Case) -> Said:
+        verdicts, _, failed = untold(cell).partition("; fails: ")
+        one = set(map(str, ROUNDED)) if set(case.merged) == set(ROUNDED) else set()
+        counts: Counter[str] = Counter()
+        for part in verdicts.split("; "):
+            number, _, word = re.sub(r" \(`.*", "", part).partition(" ")
+            counts["rounded" if word in one else word] += int(number)
+        return cls(counts, frozenset(re.findall("`([^`]*)`", verdicts)), failed)
 
 
 def mistakes(case: Case, report: VerifyReport, merged: Collection[str], names: Collection[str]) -> list[str]:

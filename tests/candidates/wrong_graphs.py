@@ -11,7 +11,7 @@ from loracle.export.verification.verdict import Verdict
 
 from . import graph_faults, graphs, merges, sabotage
 from .case import Case, Maker
-from .honest import OUTPUTS, at_once, exported, kept
+from .honest import OUTPUTS, PRODUCTS, at_once, exported, kept
 from .sabotage import K0, NORM, Q0, Q1, UP0, V0, V1, Fault
 from .subjects import Subject
 from .wrong import EXACT, FLOAT32, MERGE_AGAIN, ONCE, RESTORE, SCALE, WHICH, root_of_rank
@@ -127,12 +127,22 @@ GRAPHS = [
         "two layers' weights exchanged",
         sabotage.layers_exchanged,
         named=dict.fromkeys((Q0, Q1), Verdict.UNEXPLAINED),
+        tools=("loracle export",),
     ),
     *graph_of(
         "key and value exchanged",
         sabotage.key_and_value_exchanged,
         named={K0: Verdict.CHANGED, V0: Verdict.UNEXPLAINED},
+        tools=("loracle export",),
     ),
+    # In a graph of others weights are found by content, wherever they are.
+    *graph_of(
+        "two layers' weights exchanged",
+        sabotage.layers_exchanged,
+        failing=(PRODUCTS, OUTPUTS),
+        tools=("genai builder",),
+    ),
+    *graph_of("key and value exchanged", sabotage.key_and_value_exchanged, tools=("genai builder",)),
     *graph_of(
         "an untouched weight cast through bfloat16",
         sabotage.untouched_through_bfloat16,
@@ -228,6 +238,6 @@ GRAPHS = [
         EXACT,
         False,
         "build from the merged checkpoint without `adapter_path`",
-        failing=("adapter", OUTPUTS),
+        failing=(PRODUCTS, OUTPUTS),
     ),
 ]

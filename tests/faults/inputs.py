@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from deployments import add, make_models, record
 from export_fixtures import make_adapter
@@ -17,6 +18,16 @@ from loracle.export import export
 from .readers import SUFFIXES
 
 _SHARD = "model.safetensors"
+
+
+_made: list[Path] = []
+
+
+def inputs_of_session(factory: pytest.TempPathFactory) -> Path:
+    """The folder with all of it, made once; for reading alone."""
+    if not _made:
+        _made.append(make_inputs(factory.mktemp("inputs")))
+    return _made[0]
 
 
 def make_inputs(folder: Path) -> Path:

@@ -22,7 +22,7 @@ How = Literal["done", "refused", "interrupted", "killed", "failed"]
 
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")
 FAULTS = ("kill", "interrupt", "short", *ERRORS)
-_TIMEOUT = 60.0
+_TIMEOUT = 600.0
 _FLOCK = "73 "
 _NEEDS_ROOM = ("write", "mkdir", "link", "symlink")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -187,6 +187,16 @@ def _file(inputs: Path, root: Path) -> None:
     write_atomic(root / "file", b"the new one" * 100)
 
 
+def _certificate(inputs: Path, root: Path, *, page: bool) -> None:
+    from certificate_fixtures import harmful
+
+    from loracle.export.verification.certificate import write_certificate
+    from loracle.export.verification.certificate_page import write_page
+
+    certificate = replace(harmful("the new one"), time="2027-01-02T03:04:05+00:00")
+    (write_page if page else write_certificate)(root / "file", certificate)
+
+
 def _checkpoints(inputs: Path, root: Path, steps: tuple[int, ...] = ()) -> None:
     from test_torch_checkpoints import RUN, state
 
@@ -254,6 +264,8 @@ def _in_place_writer(form: str) -> Writer:
 
 _ALL = (
     Writer("file", _file, _old_file, again=_file),
+    Writer("certificate", partial(_certificate, page=False), _old_file),
+    Writer("page of a certificate", partial(_certificate, page=True), _old_file),
     Writer("adapter", _adapter),
     Writer("merge", _merge, _empty_folder),
     Writer("export", _baked),

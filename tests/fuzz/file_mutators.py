@@ -9,13 +9,43 @@ from typing import Any
 
 import onnx
 from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
 
 from .bytes_mutators import INTEGERS, mutate_bytes
-from .json_mutators import TEXTS, change, spelled, text_for
+from .json_mutators import TEXTS, change, is_deep, spelled, text_for
 
-_DTYPES = ("BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F8_E4M3", "F8_E5M2", "F16", "BF16", "F32", "F64", "C64")  # fmt: skip
-_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2, "U32": 4, "I32": 4, "F32": 4}  # fmt: skip
+_DTYPES = (
+    "BOOL",
+    "U8",
+    "I8",
+    "U16",
+    "I16",
+    "U32",
+    "I32",
+    "U64",
+    "I64",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F16",
+    "BF16",
+    "F32",
+    "F64",
+    "C64",
+)
+_SIZES = {
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+}
 
 
 def mutate_safetensors(rng: random.Random, content: bytes) -> bytes:
@@ -27,7 +57,7 @@ def mutate_safetensors(rng: random.Random, content: bytes) -> bytes:
     except (ValueError, RecursionError):
         return mutate_bytes(rng, content)
     data = content[end:]
-    if kind < 2:
+    if kind < 2 or is_deep(content[:end]):
         return mutate_bytes(rng, content)
     if kind < 6:
         header = change(rng, header)
@@ -38,7 +68,7 @@ def mutate_safetensors(rng: random.Random, content: bytes) -> bytes:
 
 
 def _other_tensors(rng: random.Random, header: dict[str, Any]) -> bytes:
-    """Give some tensors other names, dtypes and shapes in a header, with the offsets for them; return data."""
+    """Give tensors in a header other names, dtypes and shapes, with offsets for them; return data."""
     tensors = [
         (name, own) for name, own in header.items() if name != "__metadata__" and isinstance(own, dict)
     ]
@@ -49,7 +79,8 @@ def _other_tensors(rng: random.Random, header: dict[str, Any]) -> bytes:
     offset = 0
     changes = {rng.randrange(len(tensors)) for _ in range(rng.choice((1, 1, 2)))} if tensors else set()
     for number, (name, own) in enumerate(tensors):
-        dtype, shape = own.get("dtype", "F32"), list(own.get("shape", []))
+        dtype, shape = own.get("dtype", "F32"), own.get("shape")
+        shape = [size for size in shape if isinstance(size, int)] if isinstance(shape, list) else []
         if number in changes:
             kind = rng.randrange(6)
             if kind == 0:
@@ -68,8 +99,8 @@ def _other_tensors(rng: random.Random, header: dict[str, Any]) -> bytes:
                 continue
         count = 1
         for size in shape:
-            count *= size if isinstance(size, int) else 1
-        nbytes = max(0, min(count * _SIZES.get(dtype, 8), 1 << 16))
+            count *= size
+        nbytes = max(0, min(count * (_SIZES.get(dtype, 8) if isinstance(dtype, str) else 8), 1 << 16))
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes]}
         offset += nbytes
     kind = rng.randrange(4)
@@ -80,7 +111,10 @@ def mutate_onnx(rng: random.Random, content: bytes) -> bytes:
     """Return a graph with other fields somewhere in it; or other bytes."""
     if rng.random() < 0.2:
         return mutate_bytes(rng, content)
-    model = onnx.ModelProto.FromString(content)
+    try:
+        model = onnx.ModelProto.FromString(content)
+    except DecodeError:  # one change has been too many
+        return mutate_bytes(rng, content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         messages = list(_messages(model))
         _change_field(rng, rng.choice(messages), messages)
@@ -191,12 +225,15 @@ def mutate_pickled(rng: random.Random, content: bytes) -> bytes:
         return mutate_bytes(rng, content)
     if not content.startswith(b"PK"):
         return _other_operations(rng, content)
-    with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        records = {name: archive.read(name) for name in archive.namelist()}
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            records = {name: archive.read(name) for name in archive.namelist()}
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        return mutate_bytes(rng, content)
     kind = rng.randrange(6)
-    name = next(name for name in records if name.endswith("data.pkl"))
+    name = next((name for name in records if name.endswith("data.pkl")), "")
     compression = zipfile.ZIP_STORED
-    if kind < 4:
+    if kind < 4 and name:
         records[name] = _other_operations(rng, records[name])
     elif kind == 4:
         own = rng.choice(list(records))
@@ -211,7 +248,7 @@ def mutate_pickled(rng: random.Random, content: bytes) -> bytes:
 
 
 def _other_operations(rng: random.Random, content: bytes) -> bytes:
-    """Change operations of the first pickle in the content: leave out, repeat, exchange, alter their numbers."""
+    """Change operations of the first pickle in the content: leave out, repeat, exchange, alter."""
     try:
         starts = [at for _, _, at in pickletools.genops(content)]
     except Exception:  # noqa: BLE001  whatever it is, it is no pickle

@@ -9,27 +9,116 @@ from typing import Any
 from .bytes_mutators import mutate_bytes
 
 _RAW = "\x02"
+_MOST_BRACKETS = 200
 _RAW_VALUE = re.compile(r'"\\u0002(.*?)\\u0002"')
 
 TEXTS = (
-    "", "a", "..", "../x", "/etc/passwd", "a/b", "a\\b", "\0", "x" * 300, "x" * 5000, "é", "\U0001f600", "\ud800", "\n", "'", '"',
-    "__metadata__", "true", "(a+)+$", "(", "[", ".*", "(?i)x", "a{1,99999}", "%n%s", "{0.__class__}", "F32", "BF16",
-    "model.safetensors", "." * 40, "1" * 5000, "base_layer", "weight",
-)  # fmt: skip
+    "",
+    "a",
+    "..",
+    "../x",
+    "/etc/passwd",
+    "a/b",
+    "a\\b",
+    "\0",
+    "x" * 300,
+    "x" * 5000,
+    "é",
+    "\U0001f600",
+    "\ud800",
+    "\n",
+    "'",
+    '"',
+    "__metadata__",
+    "true",
+    "(a+)+$",
+    "(",
+    "[",
+    ".*",
+    "(?i)x",
+    "a{1,99999}",
+    "%n%s",
+    "{0.__class__}",
+    "F32",
+    "BF16",
+    "model.safetensors",
+    "." * 40,
+    "1" * 5000,
+    "base_layer",
+    "weight",
+)
 VALUES = (
-    None, True, False, 0, 1, -1, 2, 3, 7, 8, 10**6, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1e-320,
-    1e308, [], {}, [0], [-1], [1] * 40, [1] * 70, [0, 2**62, 2**62], [2**32, 2**32], "x", ["a", "a"], [[]], {"a": 1},
-)  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    2,
+    3,
+    7,
+    8,
+    10**6,
+    2**31,
+    2**53,
+    2**63 - 1,
+    2**63,
+    2**64,
+    -(2**63),
+    10**30,
+    10**400,
+    0.0,
+    -0.0,
+    0.5,
+    1e-320,
+    1e308,
+    [],
+    {},
+    [0],
+    [-1],
+    [1] * 40,
+    [1] * 70,
+    [0, 2**62, 2**62],
+    [2**32, 2**32],
+    "x",
+    ["a", "a"],
+    [[]],
+    {"a": 1},
+)
 _SPELLED = (
-    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "1" * 5000, "0." + "1" * 3000, "1e-9999", "01", "+1", "0x10",
-    "[" * 50 + "]" * 50, "[" * 99 + "]" * 99, "[" * 900 + "]" * 900, "[" * 100_000, '{"a":' * 500 + "1" + "}" * 500, '{"a":1,"a":2}',
-    r'"\ud800"', r'"\ud83d\ude00"', r'"\u0000"', "'x'", "tru", "", "[1,]", "/*x*/1", "[1 2]",
-)  # fmt: skip
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "-1e999",
+    "1" * 400,
+    "1" * 5000,
+    "0." + "1" * 3000,
+    "1e-9999",
+    "01",
+    "+1",
+    "0x10",
+    "[" * 50 + "]" * 50,
+    "[" * 99 + "]" * 99,
+    "[" * 900 + "]" * 900,
+    "[" * 100_000,
+    '{"a":' * 500 + "1" + "}" * 500,
+    '{"a":1,"a":2}',
+    r'"\ud800"',
+    r'"\ud83d\ude00"',
+    r'"\u0000"',
+    "'x'",
+    "tru",
+    "",
+    "[1,]",
+    "/*x*/1",
+    "[1 2]",
+)
 
 
 def mutate_json(rng: random.Random, content: bytes) -> bytes:
     """Return a document with one to four changes; some are no JSON any more."""
-    if rng.random() < 0.15:
+    if rng.random() < 0.15 or is_deep(content):
         return mutate_bytes(rng, content)
     try:
         document = json.loads(content)
@@ -40,10 +129,22 @@ def mutate_json(rng: random.Random, content: bytes) -> bytes:
     return spelled(document)
 
 
+def is_deep(content: bytes) -> bool:
+    """Whether a document may have too many levels to be changed by its structure."""
+    return content.count(b"[") + content.count(b"{") > _MOST_BRACKETS
+
+
 def spelled(document: Any) -> bytes:
     """Return a document as JSON, with what is marked to stand in it as it is."""
     text = json.dumps(document, allow_nan=True)
-    return _RAW_VALUE.sub(lambda found: json.loads(f'"{found[1]}"'), text).encode("utf-8", "surrogatepass")
+    return _RAW_VALUE.sub(_unquoted, text).encode("utf-8", "surrogatepass")
+
+
+def _unquoted(found: re.Match[str]) -> str:
+    try:
+        return str(json.loads(f'"{found[1]}"'))
+    except ValueError:  # another change has cut it
+        return found[0]
 
 
 def change(rng: random.Random, document: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What may come of reading changed files: a value, or a LoracleError; in bounded time and memory, and nothing else.
+"""What may come of reading changed files: a value or a LoracleError, in bounded time and memory.
 
 Everything else is a `Failure`: another exception, a warning, a file that appeared, changed or went, more than
 two seconds, more memory than the process may have.
@@ -27,7 +27,7 @@ _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|/\S+|\d[\d.,e+-]*|\([^()]*\)|\[[^\[\
 _LONGEST = 90
 
 
-class Failure(Exception):
+class Failure(Exception):  # noqa: N818  the oracle's word
     """What must not happen when changed files are read."""
 
 

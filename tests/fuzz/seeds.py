@@ -1,4 +1,4 @@
-"""Small valid files of every kind that is read, as the project writes them: bytes by their names in a folder."""
+"""Small valid files of every kind that is read, as the project writes them: bytes by their names."""
 
 import io
 import json
@@ -82,7 +82,13 @@ def base_tensors() -> dict[str, Array]:
     }
 
 
-CONFIG = {"model_type": "llama", "tie_word_embeddings": False, "dtype": "float32", "vocab_size": 10, "architectures": ["LlamaForCausalLM"]}  # fmt: skip
+CONFIG = {
+    "model_type": "llama",
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+    "vocab_size": 10,
+    "architectures": ["LlamaForCausalLM"],
+}
 
 
 def checkpoint() -> list[Files]:
@@ -215,13 +221,12 @@ def graph() -> onnx.ModelProto:
     outputs = [helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 4])]
     own = helper.make_graph(nodes, "main", inputs, outputs, [external, listed, packed, half, words])
     own.value_info.append(helper.make_tensor_value_info("y", TensorProto.FLOAT, [shape[0], 4]))
-    model = helper.make_model(
+    return helper.make_model(
         own,
         opset_imports=[helper.make_opsetid("", 20), helper.make_opsetid("local", 1)],
         functions=[scaled],
         ir_version=10,
     )
-    return model
 
 
 def model() -> list[Files]:

@@ -1,4 +1,4 @@
-"""What is fuzzed: for each reader valid files, how they are changed, and a call that uses all that it returns."""
+"""What is fuzzed: for each reader valid files, how they are changed, and a call that uses what it returns."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence

@@ -1,13 +1,15 @@
-"""Mutation testing of `reference/`: one operator, number or argument changes at a time; a test has to fail.
+"""Mutation testing: one operator, number or argument changes at a time; a test has to fail.
 
-mutmut derives a mutant's import name from its path and needs the tests beside it, so modules and tests are
-copied to ``build/mutants/<what>``; there `reference/` is ``loracle/reference`` and hides the installed one.
+mutmut derives a mutant's import name from its path and needs the tests beside it, so a room's modules and its
+tests are copied to ``build/mutants/<what>``; there `reference/` is ``loracle/reference`` and hides the
+installed one. Other rooms are the installed ones.
 
-    python -m tests.mutation.run [module ...] [--tests name ...]
+    python -m tests.mutation.run [module ...] [--room name] [--tests name ...]
 
-Without names: every module of `reference/` against its own tests, those that have its name in theirs; then
-what survives and is not listed in docs/mutants.md against every tests/test_reference_*.py. With names: these
-modules against their own tests, or against the tests named.
+Without names: every module of `reference/`, or of the room that is named, against its own tests
+(`rooms.Room.own_tests`); then, for `reference/`, what survives and is not listed in docs/mutants.md against
+all its tests. With names, as ``linear``, ``files.adapter`` or ``verification.judge``: these modules, of one
+room, against their own tests, or against the tests named.
 """
 
 import argparse
@@ -22,14 +24,11 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from .rooms import REFERENCE, REPOSITORY, ROOMS, Room, room_and_module
 from .score import PAGE, Mutant, Result, as_row, change_of, complaints, listed_mutants, split_name, summary
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 STAGES = REPOSITORY / "build" / "mutants"
 MUTMUT = Path(sys.executable).with_name("mutmut")
-
-# Counts the examples in docstrings, of which mutmut makes a copy for each mutant.
-_NOT_RUN = {"test_reference_doctests"}
 
 # One thread a worker, one order of every set, few hypothesis examples, no plugins to look for 10,000 times.
 _ENVIRONMENT = {
@@ -41,41 +40,27 @@ _ENVIRONMENT = {
 }
 
 
-def all_tests() -> list[str]:
-    """Return the names NAME of all tests/test_reference_NAME.py that are run."""
-    paths = sorted((REPOSITORY / "tests").glob("test_reference_*.py"))
-    return [path.stem.removeprefix("test_reference_") for path in paths if path.stem not in _NOT_RUN]
-
-
-def own_tests(module: str, tests: Sequence[str]) -> list[str]:
-    """Return the tests that have the module's name in theirs; where none has `linear_shapes`, `linear`'s.
-
-    All tests if none has.
-    """
-    words = module.split("_")
-    names = ["_".join(words[:count]) for count in range(len(words), 0, -1)]
-    return next(filter(None, ([test for test in tests if name in test] for name in names)), list(tests))
-
-
-def stage(folder: Path, modules: Sequence[str], tests: Sequence[str]) -> None:
-    """Write the tree that mutmut runs in: all of `reference/`, the given tests and what tests import."""
+def stage(room: Room, folder: Path, modules: Sequence[str], tests: Sequence[str]) -> None:
+    """Write the tree that mutmut runs in: all of the room, the given tests and what tests import."""
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(
-        REPOSITORY / "reference",
-        folder / "loracle" / "reference",
+        REPOSITORY / room.staged,
+        folder / "loracle" / room.staged,
         ignore=shutil.ignore_patterns("__pycache__"),
     )
     source = REPOSITORY / "tests"
     (folder / "tests").mkdir()
     helpers = [path for path in source.glob("*.py") if not path.name.startswith("test_")]
-    for path in [*helpers, *(source / f"test_reference_{test}.py" for test in tests)]:
+    for path in [*helpers, *(source / f"{room.prefix}{test}.py" for test in tests)]:
         shutil.copy2(path, folder / "tests")
     shutil.copy2(source / "mutation" / "stage_conftest.py", folder / "conftest.py")
-    own = {module: own_tests(module, tests) for module in modules}
-    (folder / "own_tests.json").write_text(json.dumps(own))
+    own = {module: room.own_tests(module, tests) for module in modules}
+    (folder / "own_tests.json").write_text(
+        json.dumps({"package": room.package, "prefix": room.prefix, "own": own})
+    )
     text = (REPOSITORY / "pyproject.toml").read_text()
     assert "mutmut" in tomllib.loads(text)["tool"], "the settings that are the same for every run"
-    files = ", ".join(f'"loracle/reference/{module}.py"' for module in modules)
+    files = ", ".join(f'"loracle/{room.folder}/{module}.py"' for module in modules)
     (folder / "pyproject.toml").write_text(
         text.replace("[tool.mutmut]\n", f"[tool.mutmut]\nonly_mutate = [{files}]\n")
     )
@@ -121,36 +106,51 @@ def _mutmut(folder: Path, *arguments: str) -> str:
     ).stdout
 
 
-def main() -> int:
+def _parsed() -> tuple[Room, list[str], list[str]]:
+    """The room, the modules that are named, and the tests that are."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("modules", nargs="*", help="names of modules of reference/; all by default")
-    parser.add_argument("--tests", nargs="*", default=[], help="names NAME of tests/test_reference_NAME.py")
+    parser.add_argument("modules", nargs="*", help="modules, as linear or files.adapter; all by default")
+    parser.add_argument("--room", choices=ROOMS, help="all modules of this room; reference by default")
+    parser.add_argument("--tests", nargs="*", default=[], help="names NAME of tests/test_ROOM_NAME.py")
     arguments = parser.parse_args()
-    chosen = sorted(set(arguments.modules))
-    known = sorted(p.stem for p in (REPOSITORY / "reference").glob("*.py") if p.stem != "__init__")
-    if unknown := sorted({*chosen} - {*known} | {*arguments.tests} - {*all_tests()}):
-        parser.error(f"expected modules of reference/ and tests of theirs, got {', '.join(unknown)}")
+    try:
+        named = [room_and_module(name) for name in arguments.modules]
+    except ValueError as error:
+        parser.error(str(error))
+    rooms = {room.name for room, _ in named} | ({arguments.room} if arguments.room else set())
+    if len(rooms) > 1:
+        parser.error(f"expected modules of one room, got {', '.join(sorted(rooms))}; run them one by one")
+    room = ROOMS[rooms.pop()] if rooms else REFERENCE
+    if unknown := sorted({*arguments.tests} - {*room.all_tests()}):
+        parser.error(f"expected tests of {room.folder}/, got {', '.join(unknown)}")
+    return room, sorted({module for _, module in named}), arguments.tests
+
+
+def main() -> int:
+    room, chosen, only = _parsed()
     listed = listed_mutants(PAGE.read_text())
-    tests = arguments.tests or all_tests()
-    if chosen and not arguments.tests:
-        tests = sorted({test for module in chosen for test in own_tests(module, tests)})
-    folder = STAGES / ("+".join(chosen) or "all")
+    tests = only or room.all_tests()
+    if chosen and not only:
+        tests = sorted({test for module in chosen for test in room.own_tests(module, tests)})
+    folder = STAGES / ("+".join([room.name, *chosen]) if chosen else room.name)
     start = time.monotonic()
-    stage(folder, chosen or known, tests)
+    stage(room, folder, chosen or room.modules, tests)
     print(
         f"{len(tests)} test modules; progress is in {folder.relative_to(REPOSITORY)}/mutmut.log", flush=True
     )
-    results = run_mutants(folder, ["loracle.reference.*"], own_tests_only=not arguments.tests)
+    results = run_mutants(folder, [f"{room.package}.*"], own_tests_only=not only)
     survivors = survivors_of(folder, results)
-    if not chosen and (open_cases := [r.name for r, mutant in survivors.items() if mutant not in listed]):
+    retried = not chosen and not room.tests
+    if retried and (open_cases := [r.name for r, mutant in survivors.items() if mutant not in listed]):
         results = run_mutants(folder, open_cases, own_tests_only=False)
         survivors = survivors_of(folder, results)
     print(summary(results))
     print(f"{time.monotonic() - start:.0f} seconds; diffs of {len(survivors)} survivors: survivors.txt there")
     if not chosen:
-        for stale in sorted(map(as_row, listed - {*survivors.values()})):
+        own = {mutant for mutant in listed if mutant.room == room.name}
+        for stale in sorted(map(as_row, own - {*survivors.values()})):
             print(f"listed in docs/{PAGE.name}, and killed: {stale}")
-    found = complaints(results, list(survivors.values()), listed)
+    found = complaints(results, list(survivors.values()), listed, room.required)
     print("\n".join(found))
     return bool(found)
 
