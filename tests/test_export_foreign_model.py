@@ -12,7 +12,8 @@ import torch
 from export_fixtures import make_adapter, make_model
 
 from loracle.export import VerifyReport, export, verify
-from loracle.export.verification.verdict import Verdict
+from loracle.export.verification.foreign_candidate import needless
+from loracle.export.verification.verdict import Verdict, WeightVerdict
 from loracle.files import Checkpoint, write_merged_checkpoint
 from loracle.reference import ConfigError, FileError
 
@@ -87,6 +88,14 @@ def test_one_wrong_weight_is_named_and_located(made: Path, tmp_path: Path) -> No
     failed = next(check for check in report.checks if check.name.startswith("logits"))
     assert not failed.passed
     assert failed.failures[-1].startswith(f"{V1.removesuffix('.weight')}: its output is off")
+
+
+def test_what_right_answers_do_without_is_not_needed() -> None:
+    absent = WeightVerdict("pooler.dense.weight", Verdict.ABSENT, False)
+    merged = WeightVerdict("query.weight", Verdict.ABSENT, False, merged=True)
+    wrong = WeightVerdict("key.weight", Verdict.CHANGED, False)
+    passed = [said.passed for said in needless([absent, merged, wrong])]
+    assert passed == [True, False, False]
 
 
 def test_what_cannot_be_asked_is_refused(made: Path, tmp_path: Path) -> None:

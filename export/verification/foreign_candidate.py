@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -44,6 +44,18 @@ def judge_foreign(
     return tuple(said)
 
 
+def needless(verdicts: Sequence[WeightVerdict]) -> tuple[WeightVerdict, ...]:
+    """The verdicts on the weights of a graph whose answers are right: what the adapter leaves alone and lies
+    nowhere, as the pooler of a model that answers without it, is not needed."""
+    detail = "not in the graph, whose answers are right without it"
+    return tuple(
+        replace(said, passed=True, detail=detail)
+        if said.verdict is Verdict.ABSENT and not said.merged
+        else said
+        for said in verdicts
+    )
+
+
 def _judged(name: str, match: Match, held: Mapping[str, HeldTensor], judge: Judge) -> WeightVerdict:
     tensor = held[match.initializer]
     place = "" if str(match) == name else f"{match}, {match.how}"
@@ -70,4 +82,6 @@ def _missing(name: str, matches: Matches, weights: MergedWeights) -> WeightVerdi
         for twin in weights.names:
             if twin in matches.found and is_module(twin, EMBEDDINGS):
                 return WeightVerdict(name, Verdict.UNTOUCHED, True, twin, detail=f"it is tied to {twin}")
-    return WeightVerdict(name, Verdict.ABSENT, False, detail="expected in the graph, found none like it")
+    merged = name in weights.merged_names
+    detail = "expected in the graph, found none like it"
+    return WeightVerdict(name, Verdict.ABSENT, False, merged=merged, detail=detail)

@@ -18,7 +18,7 @@ from ..architecture import check_supported
 from ..external import load_graph, parse_graph
 from ..names import GRAPH_FILE, GRAPH_SUFFIX, OPTIONS_KEY
 from .asked import Asked, Found
-from .foreign_candidate import judge_foreign
+from .foreign_candidate import judge_foreign, needless
 from .foreign_outputs import check_foreign_outputs
 from .graph_content import describe_graph
 from .graph_summary import foreign_graph_summary
@@ -81,6 +81,8 @@ def verify_foreign(graph: Path, asked: Asked) -> Found:
             rounded_to=rounded_to,
         )
         if all(check.passed for check in outputs.checks):
+            verdicts = needless(verdicts)
+            checks = (checks[0], weights_check(verdicts, exact=exact))
             break
     outputs = located(outputs, graph, model, matches, task, texts, asked, rounded_to=rounded_to)
     return Found((*checks, *outputs.checks), verdicts, outputs, graph=summary, file=graph, model=model)

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from architecture_runs import make_adapter as make_all_linear
-from architectures import make
+import transformers
+from architectures import AUTO, CASES, make
 from export_fixtures import SHAPE, write_tokenizer
 from peft import LoraConfig as LoraSettings
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, BertForSequenceClassification, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from loracle.files import Adapter, Checkpoint, LoraConfig, LoraPair, write_adapter
 
@@ -101,19 +101,11 @@ def _decoder(
     return Subject(base, adapter, other)
 
 
-def _gpt2(folder: Path) -> Subject:
-    """Its weights are stored (in, out), its query, key and value in one."""
-    base = make(folder / "base", "gpt2")
-    write_tokenizer(base)
-    adapter = make_all_linear(base, "gpt2", folder / "adapter")
-    return Subject(base, adapter, adapter)
-
-
-def _classifier(folder: Path) -> Subject:
-    """A BERT, and an adapter as PEFT saves it, with the head that was trained along."""
-    base = make(folder / "base", "bert_sequence")
-    config = LoraSettings(task_type="SEQ_CLS", r=6, lora_alpha=7, target_modules=["query", "value", "dense"])
-    model = get_peft_model(BertForSequenceClassification.from_pretrained(base), config)
+def _trained_with_peft(folder: Path, name: str, settings: LoraSettings) -> Subject:
+    """A model of another architecture, and an adapter as PEFT saves it."""
+    base = make(folder / "base", name)
+    kind = getattr(transformers, AUTO[CASES[name].task])
+    model = get_peft_model(kind.from_pretrained(base), settings)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -121,6 +113,24 @@ def _classifier(folder: Path) -> Subject:
                 parameter.normal_(std=0.1, generator=generator)
     model.save_pretrained(folder / "adapter")
     return Subject(base, folder / "adapter", folder / "adapter")
+
+
+def _gpt2(folder: Path) -> Subject:
+    """Its weights are stored (in, out), its query, key and value in one."""
+    targets = ["c_attn", "c_proj", "c_fc"]
+    settings = LoraSettings(
+        task_type="CAUSAL_LM", r=6, lora_alpha=7, target_modules=targets, fan_in_fan_out=True
+    )
+    subject = _trained_with_peft(folder, "gpt2", settings)
+    write_tokenizer(subject.base)
+    return subject
+
+
+def _classifier(folder: Path) -> Subject:
+    """A BERT; its head is trained along."""
+    targets = ["query", "value", "dense"]
+    settings = LoraSettings(task_type="SEQ_CLS", r=6, lora_alpha=7, target_modules=targets)
+    return _trained_with_peft(folder, "bert_sequence", settings)
 
 
 SUBJECTS: dict[str, Callable[[Path], Subject]] = {

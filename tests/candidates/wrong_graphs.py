@@ -142,7 +142,12 @@ GRAPHS = [
         failing=(PRODUCTS, OUTPUTS),
         tools=("genai builder",),
     ),
-    *graph_of("key and value exchanged", sabotage.key_and_value_exchanged, tools=("genai builder",)),
+    *graph_of(
+        "key and value exchanged",
+        sabotage.key_and_value_exchanged,
+        failing=(PRODUCTS, OUTPUTS),
+        tools=("genai builder",),
+    ),
     *graph_of(
         "an untouched weight cast through bfloat16",
         sabotage.untouched_through_bfloat16,
