@@ -59,8 +59,8 @@ def map_task(path: Path, signature: Signature, device: str) -> LoadedTask:
     for name, entry in file.entries.items():
         if entry.dtype.isbuiltin != 1:
             raise FileError(
-                f"{path}: {name}: expected a dtype that onnxruntime takes from NumPy, got {entry.dtype}; add the "
-                "task again"
+                f"{path}: {name}: expected a dtype that onnxruntime takes from NumPy, got {entry.dtype}; add "
+                "the task again"
             )
     return load_task({name: file.tensor(name) for name in file.entries}, device, signature)
 

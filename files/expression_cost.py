@@ -79,7 +79,8 @@ def _item(item: Item, following: Item | None, ignore_case: bool) -> _Ways:
             ways = ways.either(_sequence(list(branch), ignore_case, following))
         return ways
     if code in _REPEATS:
-        return _repeat(*value, following, ignore_case)
+        least, most, body = value
+        return _repeat(least, most, body, following, ignore_case)
     if code is codes.SUBPATTERN:
         return _sequence(list(value[3]), ignore_case or bool(value[1]), following)
     if code in (codes.ASSERT, codes.ASSERT_NOT):

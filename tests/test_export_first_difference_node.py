@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
+import torch
 from architectures import CASES, make
 from export_fixtures import make_adapter, make_model
 from foreign_graphs import genai_export, torch_export
@@ -398,6 +399,105 @@ def test_only_the_first_place_outside_counts_and_others_that_do_not_follow_it_ar
     assert first_difference(graph, places, {}) is None
 
 
+def test_a_sum_that_is_wrong_is_laid_to_the_node_that_adds_and_the_nearest_output_is_told() -> None:
+    graph, values = chain()
+    one = np.ones((1, 4))
+    r, c, m, n = (values[name] for name in "rcmn")
+    node = n.producer()
+    places = [
+        Place("a", OUTPUT, r.producer(), ((r,),), (Expected(one, 0.1),)),
+        Place("b", OUTPUT, c.producer(), ((c,),), (Expected(one, 0.1),)),
+        Place("d", INPUT, node, ((r, c),), (Expected(one, 0.1),)),
+    ]
+    found = first_difference(graph, places, {"r_out": one, "c_out": one})
+    assert found == FirstDifference(
+        "d", INPUT, 1.0, 0.1, ("the output of a", "the output of b"), ("Add n",), (), 3
+    )
+    two = Place("e", OUTPUT, node, ((m,), (n,)), (Expected(one, 0.1),))
+    found = first_difference(graph, [two], {"m_out": one + 3, "n_out": one + 2})
+    assert found is not None
+    assert (found.error, found.nodes[-1]) == (2.0, "Add n")
+
+
+def test_a_norm_of_single_operators_is_of_the_last_value_that_two_of_them_read() -> None:
+    a, b = (ir.node("Relu", [ir.Value(name=name)]) for name in "ab")
+    x = ir.node("Add", [a.outputs[0], b.outputs[0]])
+    square = ir.node("Mul", [x.outputs[0], x.outputs[0]])
+    root = ir.node("Sqrt", [square.outputs[0]])
+    centred = ir.node("Sub", [x.outputs[0], root.outputs[0]])
+    divided = ir.node("Div", [centred.outputs[0], ir.node("Sqrt", [centred.outputs[0]]).outputs[0]])
+    tensor = ir.tensor(np.ones(4, np.float32), name="w")
+    weight = ir.Value(name="w", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    scaled = ir.node("Mul", [weight, divided.outputs[0]])
+    graph = ir.Graph([], [scaled.outputs[0]], nodes=[scaled], initializers=[weight], opset_imports={"": 20})
+    (use,) = uses_of(graph, weight)
+    assert use.inputs[0] == (x.outputs[0],)
+    assert {terms[0] for terms in use.inputs} >= {divided.outputs[0], centred.outputs[0], a.outputs[0]}
+    assert use.adds_bias
+
+
+class _Drawn:
+    """A model of an embedding and a layer that share their weight; each evaluation is as many layers' calls
+    as `calls` says, of an input shifted by `shifts`."""
+
+    def __init__(self, shifts: list[float], calls: list[int]) -> None:
+        self.module = torch.nn.Module()
+        self.module.embed = torch.nn.Embedding(5, 4, dtype=torch.float64)
+        self.module.head = torch.nn.Linear(4, 5, bias=False, dtype=torch.float64)
+        self.module.head.weight = self.module.embed.weight
+        self.steps = list(zip(shifts, calls, strict=True))
+
+    def draws(self, feeds: Any, dtype: Any, *, watching: Any, **_: Any) -> Iterator[None]:
+        for shift, calls in self.steps:
+            with watching(), torch.no_grad():
+                for _ in range(calls):
+                    self.module.head(self.module.embed(torch.tensor([[1, 2]])) + shift)
+            yield
+
+
+def test_tolerances_are_the_largest_deviations_either_way_and_at_least_a_values_own_rounding() -> None:
+    drawn: Any = _Drawn([0.0, 0.5, -2.0], [1, 1, 1])
+    found = module_values(drawn, {}, np.dtype(np.float32))
+    assert found["embed"].weights == found["head"].weights == ("embed.weight", "head.weight")
+    assert (found["embed"].looks_up, found["head"].looks_up) == (True, False)
+    (call,) = found["head"].calls
+    assert call.given is not None
+    assert call.given.tolerance == pytest.approx(4.0)
+    (call,) = found["embed"].calls
+    assert call.given is None
+    largest = np.abs(call.returned.exact).max()
+    # Rounded when it is stored, and a sum of four.
+    assert call.returned.tolerance == 2 * 3 * 2.0**-24 * largest
+
+
+def test_a_module_that_is_called_otherwise_under_noise_does_not_count() -> None:
+    drawn: Any = _Drawn([0.0, 0.0], [1, 2])
+    assert module_values(drawn, {}, np.dtype(np.float32)) == {}
+
+
+def test_each_module_of_a_tied_weight_has_its_own_place() -> None:
+    tensor = ir.tensor(np.ones((5, 4), np.float32), name="w")
+    weight = ir.Value(name="w", type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor)
+    ids = ir.Value(name="ids")
+    rows = ir.node("Gather", [weight, ids])
+    product = ir.node("FusedMatMul", [rows.outputs[0], weight], {"transB": 1}, domain="com.microsoft")
+    nodes = [rows, product]
+    graph = ir.Graph([ids], [product.outputs[0]], nodes=nodes, initializers=[weight], opset_imports={"": 20})
+    names = ("embed.weight", "head.weight")
+    modules = {
+        "embed": ModuleValues("embed", names, True, None, (Call(None, EXPECTED),)),
+        "head": ModuleValues("head", names, False, None, (Call(EXPECTED, EXPECTED),)),
+    }
+    for held_as in names:
+        matches = Matches({held_as: (Match(held_as, "w", "by name", False, None),)}, (), (), ())
+        found = module_places(graph, matches, modules, {})
+        assert [(place.module, place.side, place.node) for place in found] == [
+            ("embed", OUTPUT, rows),
+            ("head", INPUT, product),
+            ("head", OUTPUT, product),
+        ]
+
+
 def test_a_module_counts_where_its_weight_is_used_as_often_as_it_is_called() -> None:
     x = ir.Value(name="x")
     tensor = ir.tensor(np.ones((4, 4), np.float32), name="w")
@@ -444,6 +544,7 @@ def test_a_bias_may_be_added_later() -> None:
         graph = ir.Graph([x], last, nodes=own, initializers=[w, b], opset_imports={"": 20})
         place = module_places(graph, matches, {"m": module}, {})[1]
         assert len(place.expected) == count
+        assert np.array_equal(place.expected[-1].exact, EXPECTED.exact - (0 if adds else 1))
         assert [terms[0] for terms in place.values] == [node.outputs[0] for node in own]
 
 

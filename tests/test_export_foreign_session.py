@@ -26,6 +26,7 @@ from loracle.export.tasks import TASKS, Task
 from loracle.export.texts import Texts
 from loracle.export.verification.foreign_inputs import Interface, Role, read_interface
 from loracle.export.verification.foreign_outputs import (
+    _prompts,
     answer,
     check_foreign_outputs,
     encoder_answers,
@@ -125,6 +126,30 @@ def test_a_wrong_weight_and_another_vocabulary_are_outside(made: Path, tmp_path:
     looked_up(tmp_path / "model.onnx")
     (failed,) = checked(tmp_path / "model.onnx", made, texts=Texts(((3, 4),), ((0, 0),))).checks
     assert failed.failures == ("prompt 1: expected logits (6, 264), got (6, 6)",)
+
+
+def test_where_a_prompts_logits_are_the_last_ones_these_are_compared(made: Path) -> None:
+    model = ir.load(made / "onnx/model.onnx")
+    kept = model.graph.initializers["num_logits_to_keep"]
+    kept.const_value = ir.tensor(np.array([1], np.int64), name=kept.name)
+    ir.save(model, made / "onnx/last.onnx")
+    result = checked(made / "onnx/last.onnx", made)
+    assert all(check.passed for check in result.checks)
+    assert "10 positions" in result.checks[0].figure
+    assert result.checks[1].figure == checked(made / "onnx/model.onnx", made).checks[1].figure
+
+
+def test_prompts_have_positions_for_their_answers(made: Path, tmp_path: Path) -> None:
+    refused(
+        lambda: checked(made / "onnx/model.onnx", made, texts=Texts(((5,) * 125,), ((0,) * 125,))),
+        ShapeError,
+        "prompt 1: expected at most 128 tokens with its answer, as many as the model has positions, got 129; "
+        "shorten it",
+    )
+    looked_up(tmp_path / "model.onnx", width=6)
+    texts = Texts(((1, 2, 3, 4), (1,) * 9), ((0,) * 4, (0,) * 9))
+    # The last token is not read.
+    assert _prompts(decoder_of(tmp_path / "model.onnx"), texts, {}, 5) == [((1, 2, 3, 4), 3), ((1,) * 6, 1)]
 
 
 def decoder_of(path: Path, config: dict[str, Any] = CONFIG) -> ForeignDecoder:
@@ -339,6 +364,11 @@ REFUSED: dict[str, tuple[list[Any], str]] = {
         "alpha: expected inputs for tokens, their mask, positions and segments, pixels, or a cache, found "
         "float32 [1], which is not understood; export the model without it",
     ),
+    "a scale of a cache": (
+        [IDS_INPUT, node("past_key_scale", "float", 1)],
+        "past_key_scale: expected inputs for tokens, their mask, positions and segments, pixels, or a cache, "
+        "found float32 [1], which is not understood; export the model without it",
+    ),
     "states of an encoder": (
         [IDS_INPUT, node("encoder_hidden_states", "float", "b", "s", 48)],
         "encoder_hidden_states: expected inputs for tokens, their mask, positions and segments, pixels, or a "
@@ -401,6 +431,14 @@ def test_models_of_several_graphs_and_positions_that_do_not_begin_at_0_are_refus
         ConfigError,
         f"{path}: expected a model of one graph, got one for text2text-generation; verify its weights alone",
     )
+    looked_up(path, masked=True, named={"attention_mask": "position_ids"})
+    refused(
+        lambda: open_foreign(path, TASK["fill-mask"], {"model_type": "roberta"}),
+        ConfigError,
+        f"{path}: position_ids: expected a graph that counts positions itself, got one that is given them; "
+        "export the model without it",
+    )
+    assert open_foreign(path, TASK["fill-mask"], {"model_type": "bert"}).has(Role.POSITIONS)
 
 
 def test_a_dtype_is_that_of_most_entries_and_codes_are_told_from_weights() -> None:
@@ -440,6 +478,10 @@ def test_a_dtype_is_that_of_most_entries_and_codes_are_told_from_weights() -> No
         graph(("MatMul", single, (4, 4), False), ("MatMulNBits", np.dtype(np.uint8), (4, 4), False))
     )
     assert is_quantized(graph(("DequantizeLinear", np.dtype(np.int8), (4, 4), False)))
+    # What is computed has codes too where activations are quantised; then the products tell.
+    computed = graph(("DequantizeLinear", np.dtype(np.int8), (4, 4), True))
+    computed.node(1).inputs[0].shape = ir.Shape((4, 4))
+    assert not is_quantized(computed)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from loracle.export import export
 from loracle.export.external import load_graph
 from loracle.export.tasks import TASKS
 from loracle.export.verification.report import Check
-from loracle.export.verification.task_metric import TaskMetric, _check, measure_task
+from loracle.export.verification.task_metric import TaskMetric, _check, _is_whole, measure_task
 from loracle.files import read_adapter, write_merged_checkpoint
 from loracle.files.json_file import read_json_object
 from loracle.reference import ConfigError, DataError, FileError
@@ -163,6 +164,37 @@ def test_the_bound_is_twice_the_mean_tolerance_of_a_label(
     rows = [{"prompt": "a", "completion": "b"}, {"prompt": "long one", "completion": "bcdef"}]
     data = write_data(made / "two.jsonl", rows)
     assert measured(made, "onnx", data=data).bound == 2 * (2 * 1.0 + 6 * 3.0) / 8
+
+
+def test_as_many_rows_are_evaluated_together_as_memory_allows(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A language model's by their logits; others one by one where nothing pads."""
+    from loracle.export.verification import task_data
+
+    def sizes(task: str, **config: Any) -> list[int]:
+        own = {**read_json_object(made / "base/config.json"), **config}
+        data = made / "data.jsonl"
+        read = task_data.labelled_rows(data, TASK[task], made / "base", own, rows=4, max_length=64)
+        widths.append(max(batch["input_ids"].shape[1] for batch in read.batches))
+        return [len(batch["input_ids"]) for batch in read.batches]
+
+    widths: list[int] = []
+    assert sizes("text-generation") == [4]
+    monkeypatch.setattr(task_data, "_LOGITS", 2 * widths[0] * 264)
+    assert sizes("text-generation", pad_token_id=None) == [2, 2]
+    monkeypatch.setattr(task_data, "_LOGITS", 2 * widths[0] * 264 - 1)
+    assert sizes("text-generation") == [1, 1, 1, 1]
+
+
+def test_a_base_without_some_weights_is_not_whole(made: Path) -> None:
+    from loracle.files import Checkpoint
+
+    assert _is_whole(made / "base", read_adapter(made / "adapter"))
+    with Checkpoint(made / "base") as checkpoint:
+        rows = np.zeros((264 + 2, checkpoint.shape("model.embed_tokens.weight")[1]), np.float32)
+    resized = replace(read_adapter(made / "adapter"), tensors={"model.embed_tokens.weight": rows})
+    assert not _is_whole(made / "base", resized)
 
 
 def test_the_check_says_what_it_found() -> None:

@@ -134,7 +134,8 @@ def test_a_bit_of_the_bases_data_is_noticed(models: Path, deployment: Path) -> N
     for name in MERGED:
         report = checked(models, deployment, name)
         assert verdicts(report)[:3] == [True, False, True]
-        assert failures(report, BITS)[0].startswith(f"{tensor.name}: 1 of ")
+        assert failures(report, BITS)[0].startswith(f"{tensor.name}: changed")
+        assert "; 1 of " in failures(report, BITS)[0]
 
 
 def test_a_tensor_that_is_missing_is_named(models: Path, deployment: Path) -> None:

@@ -79,8 +79,8 @@ def test_a_module_that_is_not_targeted() -> None:
     ):
         pairs_checked(config_of(), {"m.q": pair_of(), "m.k": pair_of()})
     with refusal(
-        f"{P}m.k.lora_embedding_A: module m.k is not targeted by the adapter's config (target_modules ('q',), "
-        f"target_parameters ('e.x', 'e.y')); {OTHER}"
+        f"{P}m.k.lora_embedding_A: module m.k is not targeted by the adapter's config (target_modules "
+        f"('q',), target_parameters ('e.x', 'e.y')); {OTHER}"
     ):
         pairs_checked(UNNAMED, {"m.k": pair_of("embedding")})
 
@@ -139,8 +139,8 @@ def test_stacked_parameters_of_one_module() -> None:
     with refusal("m.e: m.e.x, m.e are parameters with and without their names; name all of them"):
         pairs_checked(UNNAMED, both)
     expected = f"{P}m.e.lora_A.weight: expected a wrapper within each of 2 at m.e, got base_layer"
-    with refusal(f"{P}m.e.base_layer.lora_A.weight: expected a wrapper within each of 1 at m.e, got base_layer 1 "
-                 "times; was the copy complete?"):  # fmt: skip
+    with refusal(f"{P}m.e.base_layer.lora_A.weight: expected a wrapper within each of 1 at m.e, got "
+                 "base_layer 1 times; was the copy complete?"):  # fmt: skip
         pairs_checked(UNNAMED, {"m.e.base_layer": own})
     with refusal(f"{expected} 0, 2 times; was the copy complete?"):
         pairs_checked(UNNAMED, {"m.e": own, "m.e.base_layer.base_layer": own})
@@ -301,8 +301,8 @@ def test_rows_of_tokens(indices: Any, tokens: dict[str, Array]) -> None:
          f"{P}<input embedding>.token_adapter.trainable_tokens_delta: expected a row for each of "
          f"trainable_token_indices, got no such tensor; {OTHER}"),
         ({"e": (3, 5), "f": (4,)}, {"e": ROWS}, TargetError,
-         f"{P}f.token_adapter.trainable_tokens_delta: expected a row for each of trainable_token_indices, got "
-         f"no such tensor; {OTHER}"),
+         f"{P}f.token_adapter.trainable_tokens_delta: expected a row for each of trainable_token_indices, "
+         f"got no such tensor; {OTHER}"),
     ],
 )  # fmt: skip
 def test_rows_that_do_not_fit(

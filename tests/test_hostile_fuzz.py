@@ -116,7 +116,7 @@ def test_what_must_not_happen_is_seen(
 ) -> None:
     monkeypatch.setattr(oracle, "read", lambda target, folder: read(folder))
     monkeypatch.setattr(oracle, "MOST_SECONDS", 0.2)
-    monkeypatch.setattr(oracle, "_STUCK_SECONDS", 1)
+    monkeypatch.setattr(oracle, "_STUCK_SECONDS", 1 if read is _sleep else 60)
     with pytest.raises(oracle.Failure, match=said):
         oracle.execute("json", {"x.json": b"[]"}, tmp_path)
 
@@ -133,7 +133,7 @@ def test_outcomes_are_counted_by_kind(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(oracle, "read", read)
     monkeypatch.setattr(run, "inputs_of", lambda target, seed, number: {"x.json": given[number]})
     tally = run.run_batch("json", 0, range(4), tmp_path)
-    assert tally.outcomes == {"read": 1, "ConfigError: /x.json: key *: got *": 2}
+    assert tally.outcomes == {"read": 1, "ConfigError: * key *: got *": 2}
     assert [number for number, _ in tally.failures] == [3]
     assert tally.executions == 4
 

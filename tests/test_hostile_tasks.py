@@ -13,7 +13,7 @@ from fuzz import seeds
 from refusal import read_or_refused
 
 from loracle.export.adapter_file import AdapterFile, document_bytes
-from loracle.export.deployed_tasks import deployed_tasks
+from loracle.export.deployed_tasks import deployed_tasks, manifest
 from loracle.export.loaded_task import map_task
 from loracle.export.names import TASK_KEY
 from loracle.export.task_document import parse_document
@@ -70,7 +70,7 @@ def test_a_document_that_is_none_is_refused(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [TASK, PARAMETERS, "z.onnx", "model.onnx", "model.onnx_data", "s.safetensors"]
+    "name", [TASK, "y.onnx_adapter", "z.onnx", "model.onnx", "model.onnx_data", "s.safetensors"]
 )
 def test_a_deployment_with_a_file_cut_anywhere_is_read_or_refused(folder: Path, name: str) -> None:
     whole = (folder / name).read_bytes()
@@ -78,7 +78,7 @@ def test_a_deployment_with_a_file_cut_anywhere_is_read_or_refused(folder: Path, 
     refusals = 0
     for end in range(0, len(whole), max(1, len(whole) // 40)):
         (folder / name).write_bytes(whole[:end])
-        refusals += read_or_refused(lambda: deployed_tasks(folder)) is not None
+        refusals += read_or_refused(lambda: manifest(folder)) is not None
     assert refusals
 
 
@@ -145,11 +145,13 @@ def names_on_one_another(count: int) -> bytes:
     fields = put(struct.pack("<6H", 12, 20, 4, 8, 12, 16))
     root = put(struct.pack("<iii", 0, 1, 0))
     struct.pack_into("<i", body, root, root - root_fields)
-    tables = [put(struct.pack("<iiiii", 0, 0, 0, 1, 0)) for _ in range(count)]
     vector = put(struct.pack("<I", count) + bytes(4 * count))
     refer(root + 8, vector)
+    tables = [put(struct.pack("<iiiii", 0, 0, 0, 1, 0)) for _ in range(count)]
     sizes, data = put(struct.pack("<Iq", 1, 0)), put(struct.pack("<I", 0))
-    names = [put(struct.pack("<I", 8 * (count - number) + 100)) for number in range(count)]
+    lengths = [8 * (count - number) + 100 for number in range(count)]
+    lengths = [length - length % 256 + min(length % 256, 127) for length in lengths]  # they are texts as well
+    names = [put(struct.pack("<I", length)) for length in lengths]
     put(b"n" * 104)
     for number, table in enumerate(tables):
         refer(vector + 4 + 4 * number, table)

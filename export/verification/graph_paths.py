@@ -17,7 +17,7 @@ class Between:
     Attributes:
         nodes: those that the right values go through, in the graph's order; where there are none, all that
             the values are computed by.
-        sources: the right values that are read.
+        sources: the right values that are read, in the order in which they were given.
     """
 
     nodes: tuple[ir.Node, ...]
@@ -29,14 +29,14 @@ def between(graph: ir.Graph, wrong: Iterable[ir.Value], right: Collection[ir.Val
 
     What comes from the graph's inputs or its constants alone, as a mask or angles do, is left out.
     """
-    sources: dict[ir.Value, None] = {}
+    sources: set[ir.Value] = set()
     before: set[ir.Node] = set()
     waiting = list(wrong)
     while waiting:
         value = waiting.pop()
         node = value.producer()
         if value in right:
-            sources[value] = None
+            sources.add(value)
         elif node is not None and node not in before:
             before.add(node)
             waiting += [own for own in node.inputs if own is not None]
@@ -48,7 +48,7 @@ def between(graph: ir.Graph, wrong: Iterable[ir.Value], right: Collection[ir.Val
             reached.update(node.outputs)
     if not sources:
         nodes = [node for node in graph if node in before]
-    return Between(tuple(nodes), tuple(sources))
+    return Between(tuple(nodes), tuple(value for value in right if value in sources))
 
 
 def behind(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Node]:
