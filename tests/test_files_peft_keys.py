@@ -67,7 +67,6 @@ def test_an_adapter_s_name_is_found_in_the_keys_of_a_model(key: str, name: str |
         ("e.inner.bias", {"e": 3}, (), "e.base_layer.base_layer.base_layer.inner.bias"),
         ("m.embed.weight", {"m.q": 1}, ("m.embed",), "m.embed.token_adapter.base_layer.weight"),
         ("q.bias", {"p": 1}, (), "q.bias"),
-        (".base_layer.q.bias", {".base_layer.q": 1}, (), ".base_layer.q.base_layer.bias"),
     ],
 )
 def test_wrappers_lie_around_what_is_in_an_adapted_module(

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 from loracle.files import Adapter, Checkpoint, MergedWeights
@@ -79,6 +81,7 @@ class Found:
     Attributes:
         file: of the graph that was verified, or the folder of the checkpoint; None for several graphs.
         model: the graph's content.
+        rounded_to: the dtype that its weights were merged in, where that is coarser than the graph's.
     """
 
     checks: tuple[Check, ...]
@@ -88,3 +91,4 @@ class Found:
     graph: GraphSummary | None = None
     file: Path | None = None
     model: ir.Model | None = None
+    rounded_to: np.dtype[Any] | None = None

@@ -85,7 +85,15 @@ def verify_foreign(graph: Path, asked: Asked) -> Found:
             checks = (checks[0], weights_check(verdicts, exact=exact))
             break
     outputs = located(outputs, graph, model, matches, task, texts, asked, rounded_to=rounded_to)
-    return Found((*checks, *outputs.checks), verdicts, outputs, graph=summary, file=graph, model=model)
+    return Found(
+        (*checks, *outputs.checks),
+        verdicts,
+        outputs,
+        graph=summary,
+        file=graph,
+        model=model,
+        rounded_to=rounded_to,
+    )
 
 
 def _rounded_to(

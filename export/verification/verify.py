@@ -174,4 +174,5 @@ def _metric(data: Path, rows: int, found: Found, asked: Asked) -> TaskMetric:
         config,
         rows=rows,
         trusted=asked.trusted,
+        rounded_to=found.rounded_to,
     )
