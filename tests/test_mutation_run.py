@@ -6,26 +6,27 @@ from pathlib import Path
 
 import pytest
 from mutation import run
+from mutation.rooms import FILES, REFERENCE, ROOMS, VERIFICATION, room_and_module
 
 TESTS = Path(__file__).parent
 
 
 def test_tests_are_chosen_by_name():
-    everything = run.all_tests()
+    everything = REFERENCE.all_tests()
     assert {"rounding", "linear", "bounds"} < set(everything)
     assert "doctests" not in everything
     names = ["bounds", "linear", "adapted_linear", "tiles"]
-    assert run.own_tests("tiles", names) == ["tiles"]
-    assert run.own_tests("linear", names) == ["linear", "adapted_linear"]
-    assert run.own_tests("linear_shapes", names) == ["linear", "adapted_linear"]
-    assert run.own_tests("operands", names) == names
+    assert REFERENCE.own_tests("tiles", names) == ["tiles"]
+    assert REFERENCE.own_tests("linear", names) == ["linear", "adapted_linear"]
+    assert REFERENCE.own_tests("linear_shapes", names) == ["linear", "adapted_linear"]
+    assert REFERENCE.own_tests("operands", names) == names
 
 
 @pytest.fixture
 def tree(tmp_path):
     """A staged tree as mutmut leaves it: its settings, and all else in mutants/."""
     folder = tmp_path / "mutants"
-    run.stage(folder, ["tiles", "formats"], ["tiles", "formats"])
+    run.stage(REFERENCE, folder, ["tiles", "formats"], ["tiles", "formats"])
     return folder
 
 
@@ -45,7 +46,9 @@ def run_pytest(folder, **environment):
 def test_a_tree_has_its_modules_their_tests_and_what_tests_import(tree):
     settings = tomllib.loads((tree / "pyproject.toml").read_text())["tool"]["mutmut"]
     assert settings["only_mutate"] == ["loracle/reference/tiles.py", "loracle/reference/formats.py"]
-    assert json.loads((tree / "own_tests.json").read_text()) == {"tiles": ["tiles"], "formats": ["formats"]}
+    told = json.loads((tree / "own_tests.json").read_text())
+    assert told["own"] == {"tiles": ["tiles"], "formats": ["formats"]}
+    assert (told["package"], told["prefix"]) == ("loracle.reference", "test_reference_")
     staged = {path.name for path in (tree / "tests").iterdir()}
     assert {name for name in staged if name.startswith("test_")} == {
         "test_reference_tiles.py",
@@ -79,6 +82,30 @@ def test_a_tree_without_its_own_copy_is_refused(tmp_path):
     (tmp_path / "conftest.py").write_text((TESTS / "mutation" / "stage_conftest.py").read_text())
     (tmp_path / "tests").mkdir()
     (tmp_path / "pyproject.toml").write_text("")
+    told = {"package": "loracle.reference", "prefix": "test_reference_", "own": {}}
+    (tmp_path / "own_tests.json").write_text(json.dumps(told))
     code, output = run_pytest(tmp_path)
     assert code == 4
     assert "loracle.reference: expected the copy in" in output
+
+
+def test_rooms_name_modules_and_tests_that_exist():
+    for room in ROOMS.values():
+        for module in room.modules:
+            assert (run.REPOSITORY / room.folder / f"{module}.py").is_file(), module
+        for test in room.all_tests():
+            assert (TESTS / f"{room.prefix}{test}.py").is_file(), test
+    assert room_and_module("linear") == (REFERENCE, "linear")
+    assert room_and_module("files.adapter") == (FILES, "adapter")
+    assert room_and_module("verification.judge") == (VERIFICATION, "judge")
+    with pytest.raises(ValueError, match="no_such_module"):
+        room_and_module("files.no_such_module")
+
+
+def test_a_tree_of_another_room_has_all_of_it(tmp_path):
+    folder = tmp_path / "mutants"
+    run.stage(VERIFICATION, folder, ["ulps"], ["ulps"])
+    assert (folder / "loracle" / "export" / "verification" / "ulps.py").is_file()
+    assert (folder / "loracle" / "export" / "write.py").is_file()
+    settings = tomllib.loads((folder / "pyproject.toml").read_text())["tool"]["mutmut"]
+    assert settings["only_mutate"] == ["loracle/export/verification/ulps.py"]

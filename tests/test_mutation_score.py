@@ -81,9 +81,9 @@ def test_every_mutant_counts_and_only_a_failed_test_is_a_kill():
 
 def test_a_run_fails_below_95_percent_and_for_each_survivor_that_is_not_listed():
     good, bad = results("tiles", killed=95, survived=5), results("tiles", killed=94, survived=6)
-    assert complaints(good, [MUTANT], {MUTANT}) == []
-    assert complaints(bad, [MUTANT], {MUTANT}) == ["killed 94.0%, required 95%"]
-    first, row = complaints(good, [MUTANT], set())
+    assert complaints(good, [MUTANT], {MUTANT}, 0.95) == []
+    assert complaints(bad, [MUTANT], {MUTANT}, 0.95) == ["killed 94.0%, required 95%"]
+    first, row = complaints(good, [MUTANT], set(), 0.95)
     assert first == "1 survivors are not in docs/mutants.md; kill or list them:"
     assert row == as_row(MUTANT)
 

@@ -108,7 +108,6 @@ VERIFICATION = Room(
         "content_search": ["weight_matching"],
         "content_signature": ["weight_matching"],
         "digests": ["digests"],
-        "exported_candidate": ["exported_candidate"],
         "foreign_candidate": ["foreign_candidate"],
         "input_files": ["digests"],
         "judge": ["judge"],
