@@ -93,6 +93,24 @@ def test_what_is_not_finite_is_furthest_and_outside(value: float) -> None:
     assert said.witness.index == (10, 3)
 
 
+@pytest.mark.usefixtures("_blocks")
+def test_what_is_not_finite_is_counted_in_all_blocks() -> None:
+    weight, held = merged()
+    for row in (0, 3, ROWS - 1):
+        held[row, row] = np.nan
+    said = compare(weight, held)
+    assert (said.unequal, said.not_finite, said.outside) == (3, 3, 3)
+
+
+@pytest.mark.usefixtures("_blocks")
+def test_entries_outside_in_neighbouring_rows_are_counted_once() -> None:
+    weight, held = merged()
+    far = held
+    for index in ((3, 3), (3, COLUMNS - 1), (4, 0), (4, COLUMNS - 1), (5, 0)):
+        far = moved(far, index, 1 << 20)
+    assert compare(weight, far).outside == 5
+
+
 def test_the_witness_of_many_axes_has_as_many_indices() -> None:
     W0 = random_array((4, 2, 3), 5)
     said = compare(OneWeight("w", W0, None, W0), moved(W0, (3, 1, 2), 9))
@@ -138,14 +156,13 @@ def test_entries_beyond_the_bound_of_a_merge_in_the_coarser_dtype_are_outside(
     coarse = BFLOAT16 if BFLOAT16 in (base, held_in) else held_in
     bound = bound_in(weight, held_in, coarse)
     own = conversion_bound(want, held_in, FLOAT64)
-    for share, outside in ((0.9, 0), (1.1, 1)):
-        for row in (0, 4, 5, ROWS - 1):
-            held = np.array(want)
-            far = want[row, 7].astype(np.float64) + share * (bound[row, 7] + own[row, 7])
-            held[row, 7] = far
-            if share < 1 and abs(float(held[row, 7]) - float(want[row, 7])) > bound[row, 7]:
-                continue
-            assert compare(weight, held).outside == outside, (share, row)
+    for index in ((0, 7), (4, 7), (5, 0), (ROWS - 1, COLUMNS - 1)):
+        allowed = bound[index] + own[index]
+        steps = 0
+        while abs(float(moved(want, index, steps + 1)[index]) - float(want[index])) <= allowed:
+            steps += 1
+        assert compare(weight, moved(want, index, steps)).outside == 0
+        assert compare(weight, moved(want, index, steps + 1)).outside == 1
 
 
 @pytest.mark.usefixtures("_blocks")
@@ -181,7 +198,7 @@ def test_once_they_are_not_few_no_more_are_counted(monkeypatch: pytest.MonkeyPat
 def test_where_there_is_no_bound_what_is_beyond_the_quick_one_is_outside() -> None:
     weight = weight_of(BFLOAT16, Linear(pair(0.5, 300)))
     want = np.array(weight.rows(0, ROWS, BFLOAT16))
-    far = moved(moved(want, (3, 3), 10 << 7), (3, 9), 10 << 7)
+    far = moved(moved(want, (3, 3), 10 << 7), (9, 9), 10 << 7)
     with pytest.raises(ConfigError):
         weight.bound(0, ROWS, BFLOAT16, BFLOAT16)
     assert compare(weight, far).outside == 2
