@@ -15,7 +15,7 @@ help:
 	@echo "make test-all  the tests and the long suites"
 	@echo "make test-consumers  exported folders in other people's runtimes: Optimum, transformers.js, Chromium, ..."
 	@echo "make fuzz      1.1 million changed files for every reader; ten minutes on two cores"
-	@echo "make mutants   do the tests notice every change of reference/? MODULES=\"linear bounds\" for some"
+	@echo "make mutants   do the tests notice every change of reference/? ROOM=files, MODULES=\"linear bounds\" for others"
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     side-by-side measurements"
 	@echo "make bench-large  exports of models of 1.1B and 7B parameters; 30 GB of disk"
@@ -58,7 +58,7 @@ $(NODE)/node_modules/stamp: $(NODE)/package-lock.json
 	@touch $@
 
 mutants: .venv/dev.stamp
-	$(BIN)/python -m tests.mutation.run $(MODULES) $(if $(TESTS),--tests $(TESTS))
+	$(BIN)/python -m tests.mutation.run $(MODULES) $(if $(ROOM),--room $(ROOM)) $(if $(TESTS),--tests $(TESTS))
 
 # mypy reads the namespace `loracle` off a folder that holds it under that name.
 lint: .venv/dev.stamp

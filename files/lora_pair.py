@@ -68,7 +68,9 @@ def check_dtype(name: str, array: NDArray[Any]) -> None:
 
 def check_finite(name: str, array: NDArray[Any]) -> None:
     """Check for NaN and infinity. Raises: NonFiniteError, whose message starts with ``name``."""
-    if not np.isfinite(array).all():
+    with np.errstate(invalid="ignore"):  # a signalling NaN of float16 or bfloat16
+        finite = np.isfinite(array).all()
+    if not finite:
         raise NonFiniteError(
             f"{name}: holds NaN or infinity, expected finite numbers; train the adapter again"
         )

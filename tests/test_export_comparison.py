@@ -158,11 +158,13 @@ def test_entries_beyond_the_bound_of_a_merge_in_the_coarser_dtype_are_outside(
     own = conversion_bound(want, held_in, FLOAT64)
     for index in ((0, 7), (4, 7), (5, 0), (ROWS - 1, COLUMNS - 1)):
         allowed = bound[index] + own[index]
-        steps = 0
-        while abs(float(moved(want, index, steps + 1)[index]) - float(want[index])) <= allowed:
-            steps += 1
+        steps, beyond = 0, 1 << 24 if held_in == FLOAT32 else 1 << 9
+        while beyond - steps > 1:
+            middle = (steps + beyond) // 2
+            distance = abs(float(moved(want, index, middle)[index]) - float(want[index]))
+            steps, beyond = (middle, beyond) if distance <= allowed else (steps, middle)
         assert compare(weight, moved(want, index, steps)).outside == 0
-        assert compare(weight, moved(want, index, steps + 1)).outside == 1
+        assert compare(weight, moved(want, index, beyond)).outside == 1
 
 
 @pytest.mark.usefixtures("_blocks")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from loracle.export.verification.graph_diff import first_difference
+from loracle.reference import FileError
 
 WEIGHTS = frozenset({"w"})
 
@@ -165,3 +167,16 @@ def test_graphs_in_nodes_are_compared_too() -> None:
     assert first_difference(_conditional(swap=True), _conditional(), frozenset()) == (
         "node 0 If: else_branch: output: expected else other, got else inner"
     )
+
+
+def test_a_constant_whose_data_are_not_there_is_an_error(tmp_path: Path) -> None:
+    def model() -> ir.Model:
+        tensor = ir.ExternalTensor(
+            "gone", 0, 8, ir.DataType.FLOAT, shape=ir.Shape([2]), name="far", base_dir=str(tmp_path)
+        )
+        value = ir.Value(name="far", shape=tensor.shape, type=ir.TensorType(tensor.dtype), const_value=tensor)
+        graph = ir.Graph([], [], nodes=[], initializers=[value], opset_imports={"": 21}, name="g")
+        return ir.Model(graph, ir_version=10)
+
+    with pytest.raises(FileError, match="far: expected a tensor of"):
+        first_difference(model(), model(), frozenset())

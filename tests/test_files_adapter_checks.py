@@ -17,6 +17,7 @@ from loracle.files.adapter_checks import (
     module_targeted,
     wrappers_of,
 )
+from loracle.files.lora_pair import check_finite
 from loracle.reference import DTypeError, LoracleError, NonFiniteError, ShapeError, TargetError
 
 OTHER = "config and weights are of different adapters"
@@ -311,3 +312,11 @@ def test_rows_that_do_not_fit(
     with refusal(message, error) as caught:
         check_tokens(config_of(trainable_token_indices=indices), tokens, {"m.q": pair_of()})
     assert type(caught.value) is error
+
+
+@pytest.mark.parametrize("bits", [0x7D00, 0xFD00], ids=hex)
+def test_a_signalling_nan_is_refused_without_a_warning(bits: int) -> None:
+    array = np.zeros((2, 3), np.uint16)
+    array[1, 2] = bits
+    with pytest.raises(NonFiniteError, match=r"m\.lora_A: holds NaN"):
+        check_finite("m.lora_A", array.view(np.float16))

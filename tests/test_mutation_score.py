@@ -10,6 +10,8 @@ from mutation.score import (
     listed_mutants,
     split_name,
     summary,
+    too_few,
+    unlisted,
 )
 
 DIFF = """\
@@ -86,6 +88,23 @@ def test_a_run_fails_below_95_percent_and_for_each_survivor_that_is_not_listed()
     first, row = complaints(good, [MUTANT], set(), 0.95)
     assert first == "1 survivors are not in docs/mutants.md; kill or list them:"
     assert row == as_row(MUTANT)
+
+
+def test_elsewhere_each_module_has_its_share():
+    good, bad = results("tiles", killed=9, survived=1), results("rounding", killed=89, survived=11)
+    assert too_few(good, 0.9) == []
+    assert too_few([*good, *bad], 0.9) == ["rounding: killed 89.0%, required 90%"]
+    assert unlisted([MUTANT], {MUTANT}) == []
+    assert unlisted([MUTANT], set())[1:] == [as_row(MUTANT)]
+
+
+def test_a_mutant_of_another_room_is_found_on_the_page_again():
+    name = "loracle.export.verification.judge.xǁJudgeǁjudge__mutmut_4"
+    own = Mutant(*split_name(name), MUTANT.change)
+    assert (own.module, own.function, own.room) == ("verification.judge", "Judge.judge", "verification")
+    assert split_name("loracle.files.adapter.x_read_adapter__mutmut_2") == ("files.adapter", "read_adapter")
+    assert listed_mutants(f"{as_row(own)[:-1]} the same. |") == {own}
+    assert MUTANT.room == "reference"
 
 
 def test_the_page_is_well_formed():

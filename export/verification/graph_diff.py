@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from loracle.reference import FileError
+
 
 def _signature(value: ir.Value) -> str:
     shape = None if value.shape is None else [str(d) for d in value.shape]
@@ -70,9 +72,16 @@ def _initializer_difference(candidate: ir.Graph, expected: ir.Graph, weights: fr
             continue
         if left.const_value is None or right.const_value is None:
             return f"initializer {name}: expected a constant, got no value"
-        if left.const_value.tobytes() != right.const_value.tobytes():
+        if _bytes(name, left.const_value) != _bytes(name, right.const_value):
             return f"initializer {name}: its values differ"
     return None
+
+
+def _bytes(name: str, tensor: ir.TensorProtocol) -> bytes:
+    try:
+        return tensor.tobytes()
+    except (OSError, OverflowError, TypeError, ValueError) as error:
+        raise FileError(f"{name}: expected a tensor of {tensor.shape} {tensor.dtype}: {error}") from error
 
 
 def _ends(graph: ir.Graph) -> frozenset[str]:

@@ -228,7 +228,7 @@ def mutate_pickled(rng: random.Random, content: bytes) -> bytes:
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             records = {name: archive.read(name) for name in archive.namelist()}
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError, EOFError):
         return mutate_bytes(rng, content)
     kind = rng.randrange(6)
     name = next((name for name in records if name.endswith("data.pkl")), "")

@@ -25,7 +25,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .rooms import REFERENCE, REPOSITORY, ROOMS, Room, room_and_module
-from .score import PAGE, Mutant, Result, as_row, change_of, complaints, listed_mutants, split_name, summary
+from .score import (
+    PAGE,
+    Mutant,
+    Result,
+    as_row,
+    change_of,
+    complaints,
+    listed_mutants,
+    split_name,
+    summary,
+    too_few,
+    unlisted,
+)
 
 STAGES = REPOSITORY / "build" / "mutants"
 MUTMUT = Path(sys.executable).with_name("mutmut")
@@ -150,7 +162,12 @@ def main() -> int:
         own = {mutant for mutant in listed if mutant.room == room.name}
         for stale in sorted(map(as_row, own - {*survivors.values()})):
             print(f"listed in docs/{PAGE.name}, and killed: {stale}")
-    found = complaints(results, list(survivors.values()), listed, room.required)
+    alive = list(survivors.values())
+    if room.tests:
+        found = too_few(results, room.required)
+        print("\n".join([*found, *unlisted(alive, listed)]))
+        return bool(found)
+    found = complaints(results, alive, listed, room.required)
     print("\n".join(found))
     return bool(found)
 

@@ -117,15 +117,23 @@ def killed_share(results: Sequence[Result]) -> float:
     return sum(result.killed for result in results) / len(results)
 
 
+def too_few(results: Sequence[Result], required: float) -> list[str]:
+    """Return which modules have too small a share of their mutants killed."""
+    modules = sorted({result.module for result in results})
+    shares = {m: killed_share([r for r in results if r.module == m]) for m in modules}
+    return [f"{m}: killed {own:.1%}, required {required:.0%}" for m, own in shares.items() if own < required]
+
+
+def unlisted(survivors: Sequence[Mutant], listed: set[Mutant]) -> list[str]:
+    """Return the rows of the survivors that the page does not list, after a line that says so."""
+    rows = [as_row(mutant) for mutant in survivors if mutant not in listed]
+    return [f"{len(rows)} survivors are not in docs/{PAGE.name}; kill or list them:", *rows] if rows else []
+
+
 def complaints(
     results: Sequence[Result], survivors: Sequence[Mutant], listed: set[Mutant], required: float
 ) -> list[str]:
-    """Return what fails the run: too few kills, in `reference/` in all and elsewhere in any module, and
-    survivors that the page does not list."""
+    """Return what fails the run of a whole room: too few kills in all, survivors that are not listed."""
     share = killed_share(results)
     found = [f"killed {share:.1%}, required {required:.0%}"] if share < required else []
-    unlisted = [mutant for mutant in survivors if mutant not in listed]
-    if unlisted:
-        found.append(f"{len(unlisted)} survivors are not in docs/{PAGE.name}; kill or list them:")
-        found += map(as_row, unlisted)
-    return found
+    return found + unlisted(survivors, listed)
