@@ -79,7 +79,7 @@ def _initializer_difference(candidate: ir.Graph, expected: ir.Graph, weights: fr
 
 def _bytes(name: str, tensor: ir.TensorProtocol) -> bytes:
     try:
-        return tensor.tobytes()
+        return bytes(tensor.tobytes())
     except (OSError, OverflowError, TypeError, ValueError) as error:
         raise FileError(f"{name}: expected a tensor of {tensor.shape} {tensor.dtype}: {error}") from error
 
