@@ -206,6 +206,55 @@ def test_where_there_is_no_bound_what_is_beyond_the_quick_one_is_outside() -> No
     assert compare(weight, far).outside == 2
 
 
+class Spied(OneWeight):
+    """Takes down the rows that a bound is computed of."""
+
+    def bound(self, start: int, stop: int, precision: np.dtype[Any], dtype: np.dtype[Any]) -> Array:
+        asked.append((start, stop))
+        return super().bound(start, stop, precision, dtype)
+
+
+asked: list[tuple[int, int]] = []
+
+
+def test_the_bound_is_computed_of_few_rows_or_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "FEW", 1.0)
+    weight, held = merged()
+    spied = Spied(weight.name, weight.start, weight.update, weight.base)
+    for rows, expected in (
+        ((), []),
+        ((3,), [(3, 4)]),
+        ((0, 5, 11), [(0, 1), (5, 6), (11, 12)]),
+        ((0, 5, 8, 11), [(0, ROWS)]),
+    ):
+        asked.clear()
+        far = held
+        for row in rows:
+            far = moved(far, (row, 2), 1 << 20)
+        assert compare(spied, far).outside == len(rows)
+        assert asked == expected
+    # Of the last five rows one is few, and two are not.
+    monkeypatch.setattr(comparison, "BLOCK_ENTRIES", 7 * COLUMNS)
+    for rows, expected in (((9,), [(9, 10)]), ((9, 11), [(7, ROWS)])):
+        asked.clear()
+        far = held
+        for row in rows:
+            far = moved(far, (row, 2), 1 << 20)
+        assert compare(spied, far).outside == len(rows)
+        assert asked == expected
+
+
+def test_an_infinity_of_the_bases_that_is_gone_is_outside() -> None:
+    W0 = random_array((ROWS, COLUMNS), 3)
+    W0[2, 3] = np.inf
+    weight = OneWeight("w", W0, None, W0)
+    held = np.array(W0)
+    assert compare(weight, held).unequal == 0
+    held[2, 3] = 5.0
+    said = compare(weight, held)
+    assert (said.unequal, said.outside, said.not_finite) == (1, 1, 0)
+
+
 def test_the_quick_bound_is_what_four_roundings_leave() -> None:
     weight, want = merged()
     places = np.array([0, COLUMNS + 3])
