@@ -285,6 +285,12 @@ def test_an_odd_graph_is_read_or_refused_in_one_line(folder: Path, name: str) ->
     read_or_refused(use)
 
 
+def test_a_refusal_says_what_was_wrong_and_not_around_what(folder: Path) -> None:
+    with pytest.raises(FileError, match=r"expected an ONNX model: Output 's' is redeclared") as caught:
+        load_graph(change(folder, ODD["a value made twice"]))
+    assert "Error calling" not in str(caught.value)
+
+
 def test_a_message_in_messages_is_refused_by_depth(folder: Path) -> None:
     """A graph in an attribute of a node in a graph in an attribute, as the wire format has them."""
     content = b""
