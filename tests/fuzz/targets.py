@@ -1,6 +1,7 @@
 """What is fuzzed: for each reader valid files, how they are changed, and a call that uses what it returns."""
 
 import random
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -116,12 +117,10 @@ def _read_checkpoint(folder: Path) -> None:
 
 @cache
 def _base() -> Checkpoint:
-    import tempfile
-
-    folder = Path(tempfile.mkdtemp(prefix="loracle-fuzz-base-"))
-    for name, content in seeds.checkpoint()[1].items():
-        (folder / name).write_bytes(content)
-    return Checkpoint(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in seeds.checkpoint()[1].items():
+            Path(folder, name).write_bytes(content)
+        return Checkpoint(folder)  # what is mapped stays, whatever becomes of the files
 
 
 def _read_adapter(folder: Path) -> None:
