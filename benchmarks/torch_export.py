@@ -42,30 +42,27 @@ class Decoder(nn.Module):
         return (answer.logits, *present)
 
 
-def main() -> None:
-    base, adapter, out, dtype = sys.argv[1:]
-    model = merged_model(base, adapter, dtype).eval()
+def export_decoder(model: Any, out: Path) -> None:
+    """Export a decoder of transformers, with its cache as plain tensors, to a new folder's file."""
     config = model.config
-    layers = config.num_hidden_layers
-    names = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
+    names = [f"{layer}.{kind}" for layer in range(config.num_hidden_layers) for kind in ("key", "value")]
     # Sizes that are no other dimension's, so that none is taken for another.
     rows, new, old = 2, 3, 5
-    shape = (rows, config.num_key_value_heads, old, config.head_dim)
-    past = [torch.zeros(shape, dtype=getattr(torch, dtype)) for _ in names]
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    shape = (rows, getattr(config, "num_key_value_heads", config.num_attention_heads), old, width)
     batch, sequence, length, total = (
         torch.export.Dim(name) for name in ("batch", "sequence", "past", "total")
     )
-    Path(out).parent.mkdir(parents=True)
     with torch.no_grad():
         torch.onnx.export(
-            Decoder(model),
+            Decoder(model).eval(),
             (
                 torch.zeros((rows, new), dtype=torch.int64),
                 torch.ones((rows, old + new), dtype=torch.int64),
                 torch.arange(old, old + new).repeat(rows, 1),
-                past,
+                [torch.zeros(shape, dtype=model.dtype) for _ in names],
             ),
-            out,
+            str(out),
             dynamo=True,
             external_data=True,
             input_names=[
@@ -82,6 +79,12 @@ def main() -> None:
                 [{0: batch, 2: length} for _ in names],
             ),
         )
+
+
+def main() -> None:
+    base, adapter, out, dtype = sys.argv[1:]
+    Path(out).parent.mkdir(parents=True)
+    export_decoder(merged_model(base, adapter, dtype).eval(), Path(out))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Embeddings that are one tensor: which of a checkpoint's tensors are meant, and one update of them all."""
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from .base_tensors import BaseTensors
@@ -23,6 +25,14 @@ def tied_tensors(base: BaseTensors, name: str) -> tuple[str, ...]:
     if is_module(name, inputs) and any(is_module(other, SHARED) for other in base.names):
         return tuple(other for other in base.names if is_module(other, inputs))
     return ()
+
+
+def tied_twin(name: str, names: Iterable[str], *, tied: bool) -> str | None:
+    """Return the embedding among ``names`` that one called ``name`` shares its tensor with; None where
+    embeddings are not ``tied``, or ``name`` is of none."""
+    if not tied or not is_module(name, EMBEDDINGS):
+        return None
+    return next((other for other in names if other != name and is_module(other, EMBEDDINGS)), None)
 
 
 def same_update(one: LoraPair, other: LoraPair) -> bool:

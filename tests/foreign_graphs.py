@@ -19,10 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from benchmarks.peers import OFFLINE, genai_builder
-from benchmarks.torch_export import Decoder
-
-LAYERS = 2
-NAMES = [f"{layer}.{kind}" for layer in range(LAYERS) for kind in ("key", "value")]
+from benchmarks.torch_export import export_decoder
 
 
 def genai_export(checkpoint: Path, out: Path, precision: str = "fp32") -> Path:
@@ -36,51 +33,21 @@ def torch_export(checkpoint: Path, out: Path, *, cache: bool = True, dtype: str 
     """What `torch.onnx.export` makes of a decoder, with a cache as plain tensors or without one; the
     graph."""
     model = hf.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=getattr(torch, dtype)).eval()
-    config = model.config
-    rows, new, old = 2, 3, 5
-    batch, sequence, length, total = (torch.export.Dim(n) for n in ("batch", "sequence", "past", "total"))
-    ids = torch.zeros((rows, new), dtype=torch.int64)
     out.mkdir(parents=True)
     path = out / "model.onnx"
     with torch.no_grad(), _quietly():
-        if not cache:
-            torch.onnx.export(
-                _Answers(model).eval(),
-                (ids,),
-                str(path),
-                dynamo=True,
-                external_data=True,
-                input_names=["ids"],
-                output_names=["answers"],
-                dynamic_shapes=({0: batch, 1: sequence},),
-            )
+        if cache:
+            export_decoder(model, path)
             return path
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        shape = (rows, getattr(config, "num_key_value_heads", config.num_attention_heads), old, width)
         torch.onnx.export(
-            Decoder(model).eval(),
-            (
-                ids,
-                torch.ones((rows, old + new), dtype=torch.int64),
-                torch.arange(old, old + new).repeat(rows, 1),
-                [torch.zeros(shape, dtype=model.dtype) for _ in NAMES],
-            ),
+            _Answers(model).eval(),
+            (torch.zeros((2, 3), dtype=torch.int64),),
             str(path),
             dynamo=True,
             external_data=True,
-            input_names=[
-                "input_ids",
-                "attention_mask",
-                "position_ids",
-                *(f"past_key_values.{n}" for n in NAMES),
-            ],
-            output_names=["logits", *(f"present.{name}" for name in NAMES)],
-            dynamic_shapes=(
-                {0: batch, 1: sequence},
-                {0: batch, 1: total},
-                {0: batch, 1: sequence},
-                [{0: batch, 2: length} for _ in NAMES],
-            ),
+            input_names=["ids"],
+            output_names=["answers"],
+            dynamic_shapes=({0: torch.export.Dim("batch"), 1: torch.export.Dim("sequence")},),
         )
     return path
 

@@ -89,18 +89,24 @@ def test_an_input_has_the_name_of_its_folder(path: str, name: str | None) -> Non
     assert InputDigest("base", "checkpoint", path, ()).name == expected
 
 
-def test_a_file_of_several_inputs_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files = _files(tmp_path, one=b"1", two=b"2")
-    os.link(files["one"], tmp_path / "hard")
-    (tmp_path / "soft").symlink_to("one")
-    read: list[str] = []
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the files that have been begun to be read."""
+    names: list[str] = []
     whole = module._digest
 
     def digest(path: Path, left: threading.Event) -> tuple[int, str]:
-        read.append(path.name)
+        names.append(path.name)
         return whole(path, left)
 
     monkeypatch.setattr(module, "_digest", digest)
+    return names
+
+
+def test_a_file_of_several_inputs_is_read_once(tmp_path: Path, read: list[str]) -> None:
+    files = _files(tmp_path, one=b"1", two=b"2")
+    os.link(files["one"], tmp_path / "hard")
+    (tmp_path / "soft").symlink_to("one")
     with Digests(2) as running:
         running.add(InputFiles("base", "checkpoint", "x", files))
         running.add(InputFiles("candidate", "onnx", "y", {n: tmp_path / n for n in ("hard", "soft", "two")}))
@@ -164,19 +170,11 @@ def test_so_many_files_are_read_at_a_time(
     assert most == threads
 
 
-def test_reading_ends_where_the_block_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_ends_where_the_block_does(tmp_path: Path, read: list[str]) -> None:
     """Of a large file that nobody waits for a part is read, and of those behind it nothing."""
     with (tmp_path / "large").open("wb") as file:
         file.truncate(1 << 40)
     files = {"large": tmp_path / "large", **_files(tmp_path, after=b"1")}
-    read: list[str] = []
-    whole = module._digest
-
-    def digest(path: Path, left: threading.Event) -> tuple[int, str]:
-        read.append(path.name)
-        return whole(path, left)
-
-    monkeypatch.setattr(module, "_digest", digest)
     with Digests(1) as running:
         running.add(InputFiles("base", "checkpoint", "x", files))
         while not read:

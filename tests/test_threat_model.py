@@ -3,25 +3,11 @@
 import re
 from pathlib import Path
 
-import pytest
 from citations import TESTS, cited, clauses_of, defined_in
 from fuzz.targets import TARGETS
 
 PAGE = (TESTS.parent / "docs" / "threat-model.md").read_text("utf-8")
 CLAUSES = clauses_of("threat-model.md")
-
-
-@pytest.mark.parametrize("clause", CLAUSES)
-def test_every_clause_names_tests_that_are_there(clause: str) -> None:
-    citations = cited(CLAUSES[clause])
-    assert citations
-    for module, test in citations:
-        assert test in defined_in(module), f"{module} has no {test}"
-
-
-def test_the_clauses_are_numbered() -> None:
-    assert [int(clause.partition(".")[0]) for clause in CLAUSES] == list(range(1, len(CLAUSES) + 1))
-    assert len(CLAUSES) >= 14
 
 
 def test_every_hostile_test_is_cited_by_a_clause() -> None:

@@ -5,7 +5,7 @@ import os
 import re
 import shutil
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,14 +70,13 @@ class Checkpoints:
             FileError: there are checkpoints and ``resume`` is off, the folder is not one of checkpoints, or
                 cannot be written, another run is under way there, or a checkpoint cannot be read.
         """
-        with reported(self.folder):
+        with reported(self.folder), ExitStack() as undo:
             remove_abandoned(self.folder)
             self._lock()
-            try:
-                return self._open(identity, resume=resume)
-            except BaseException:
-                self.close(success=False)
-                raise
+            undo.callback(self.close, success=False)
+            state = self._open(identity, resume=resume)
+            undo.pop_all()
+            return state
 
     def _open(self, identity: Mapping[str, Any], *, resume: bool) -> State | None:
         self._remove_unfinished()

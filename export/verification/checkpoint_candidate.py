@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from loracle.files import Checkpoint, MergedWeights
 from loracle.files.architectures import architecture_of
-from loracle.files.checkpoint import is_module
 from loracle.files.tensor_names import TensorNames
-from loracle.files.ties import EMBEDDINGS
+from loracle.files.ties import tied_twin
 from loracle.files.updates import same_bits
 
 from ..write import Progress
@@ -58,15 +56,8 @@ def judge_checkpoint(
     return (*said, *(_added(name, candidate, weights) for name in extra))
 
 
-def _tied_to(name: str, names: Sequence[str], tied: bool) -> str | None:
-    """The embedding among `names` that one called `name` shares its tensor with."""
-    if not tied or not is_module(name, EMBEDDINGS):
-        return None
-    return next((other for other in names if other != name and is_module(other, EMBEDDINGS)), None)
-
-
 def _absent(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightVerdict:
-    twin = _tied_to(name, candidate.names, weights.checkpoint.tied)
+    twin = tied_twin(name, candidate.names, tied=weights.checkpoint.tied)
     if twin is not None:
         return WeightVerdict(name, Verdict.UNTOUCHED, True, twin, detail=f"it is tied to {twin}")
     merged = name in weights.merged_names
@@ -75,7 +66,7 @@ def _absent(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightV
 
 
 def _added(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightVerdict:
-    twin = _tied_to(name, [other for other in candidate.names if other != name], weights.checkpoint.tied)
+    twin = tied_twin(name, candidate.names, tied=weights.checkpoint.tied)
     size = candidate.tensor(name).size
     if twin is not None:
         if same_bits(candidate.tensor(name), candidate.tensor(twin)):

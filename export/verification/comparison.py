@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loracle.files.updates import Linear, conversion_bound
-from loracle.reference import ConfigError, Precision
+from loracle.reference import ConfigError
 
 from .one_weight import FLOAT64, OneWeight, coarser, row_blocks
 from .ulps import bits, histogram, named, ulp_distance
@@ -139,12 +139,11 @@ def _outside(block: EntriesApart) -> int:
 
 def least_bound(block: EntriesApart, precision: np.dtype[Any]) -> NDArray[np.float64]:
     """What a linear layer's bound is at least, computed quickly: the update is |scaling| |B||A| at most, and
-    product, scaling, sum and storing round once each, the r terms of the product too where they are not
-    summed in a wider format. 0 for other kinds."""
+    the r terms of the product, scaling, sum and storing round once each. 0 for other kinds."""
     update = block.weight.update
     if not isinstance(update, Linear):
         return np.zeros(len(block.places))
-    roundings = _ROUNDINGS + (0 if Precision.of(precision).accumulates_wider else update.pair.r)
+    roundings = _ROUNDINGS + update.pair.r
     W0 = block.weight.start[block.start : block.stop].reshape(-1)[block.places].astype(FLOAT64)
     want = block.want.astype(FLOAT64)
     size: NDArray[np.float64] = np.abs(W0) + np.maximum(np.abs(want - W0) - np.abs(want) * _HALF_ULP, 0)

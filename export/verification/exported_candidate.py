@@ -17,14 +17,13 @@ from ..write import BoundTensors, Progress
 from .candidate import Candidate
 from .graph_diff import first_difference
 from .judge import Judge
-from .report import Check
+from .report import Check, named_first
 from .task_verification import constants_again
 from .verdict import Verdict, WeightVerdict, Witness
 from .weight_check import TensorDifference, compare_computed, compare_tensor
 
 Array = np.ndarray[Any, Any]
 
-_NAMED = 8
 _INPUTS_NAMED = 2
 
 
@@ -101,11 +100,9 @@ def judge_initializers(
     if candidate.options.quantization is not None:
         title += f", quantised to {candidate.options.quantization}"
     lines = failures + [str(own) for own in differences] + [str(own) for own in said if not own.passed]
-    if len(lines) > _NAMED:
-        lines = [*lines[:_NAMED], f"and {len(lines) - _NAMED} more tensors"]
     bits = "bit for bit" if not any(own.unequal for own in said) else "not all bit for bit"
     figure = f"{len(tensors.found)} tensors, {len(tensors.source.merged_names)} merged, {bits}"
-    return Initializers(Check(title, not lines, figure, tuple(lines)), tuple(said))
+    return Initializers(Check(title, not lines, figure, named_first(lines, "tensors")), tuple(said))
 
 
 def _sound(

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from loracle.files import MergedWeights
 from loracle.files.checkpoint import is_module
-from loracle.files.ties import EMBEDDINGS
+from loracle.files.ties import EMBEDDINGS, tied_twin
 
 from ..write import Progress
 from .graph_tensors import HeldTensor, held_tensors
@@ -32,7 +32,7 @@ def judge_foreign(
         places = matches.found.get(name, ())
         own = [_judged(name, match, held, judge) for match in places]
         if own:
-            said.append(_worst(own, places, tied=_is_tied(name, weights)))
+            said.append(_worst(own, places, tied=weights.checkpoint.tied and is_module(name, EMBEDDINGS)))
         elif name in matches.quantized:
             detail = "in codes: what the graph answers is measured"
             said.append(WeightVerdict(name, Verdict.QUANTIZED, True, detail=detail))
@@ -73,15 +73,11 @@ def _worst(own: list[WeightVerdict], places: tuple[Match, ...], *, tied: bool) -
     return replace(worst, place=listed)
 
 
-def _is_tied(name: str, weights: MergedWeights) -> bool:
-    return weights.checkpoint.tied and is_module(name, EMBEDDINGS)
-
-
 def _missing(name: str, matches: Matches, weights: MergedWeights) -> WeightVerdict:
-    if _is_tied(name, weights):
-        for twin in weights.names:
-            if twin in matches.found and is_module(twin, EMBEDDINGS):
-                return WeightVerdict(name, Verdict.UNTOUCHED, True, twin, detail=f"it is tied to {twin}")
+    found = (other for other in weights.names if other in matches.found)
+    twin = tied_twin(name, found, tied=weights.checkpoint.tied)
+    if twin is not None:
+        return WeightVerdict(name, Verdict.UNTOUCHED, True, twin, detail=f"it is tied to {twin}")
     merged = name in weights.merged_names
     detail = "expected in the graph, found none like it"
     return WeightVerdict(name, Verdict.ABSENT, False, merged=merged, detail=detail)

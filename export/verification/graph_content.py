@@ -17,7 +17,7 @@ from .attention_order import exchanged_projections
 from .base_comparison import BaseComparison, compare_with_base
 from .content_signature import squeezed
 from .graph_tensors import Array, HeldTensor, constant_behind, held_tensors
-from .report import Check
+from .report import Check, named_first
 from .weight_matching import AGAINST_NAME, Matches
 
 _NAMED = 8
@@ -62,7 +62,7 @@ class GraphContent:
         """The statement as a whole: no adapter, no product with another weight, each weight in its place; and
         the base's graph node for node, where that was given."""
         failures = [] if self.adapter is None else [_with_names(self.adapter)]
-        failures += _first(self.strangers, "products") + _first(self.misplaced, "weights")
+        failures += [*named_first(self.strangers, "products"), *named_first(self.misplaced, "weights")]
         if self.base is not None:
             failures += self.base.failures
         name = "graph holds the model's products and no adapter"
@@ -168,8 +168,3 @@ def _with_names(left: AdapterLeft) -> str:
     names = ", ".join(left.names[:_NAMED])
     more = f" and {len(left.names) - _NAMED} more" if len(left.names) > _NAMED else ""
     return f"{left}: {names}{more}"
-
-
-def _first(lines: tuple[str, ...], what: str) -> list[str]:
-    more = [f"and {len(lines) - _NAMED} more {what}"] if len(lines) > _NAMED else []
-    return [*lines[:_NAMED], *more]

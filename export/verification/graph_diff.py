@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from loracle.reference import FileError
+from .graph_tensors import readable
 
 
 def _signature(value: ir.Value) -> str:
@@ -78,10 +78,8 @@ def _initializer_difference(candidate: ir.Graph, expected: ir.Graph, weights: fr
 
 
 def _bytes(name: str, tensor: ir.TensorProtocol) -> bytes:
-    try:
+    with readable(name, tensor):
         return bytes(tensor.tobytes())
-    except (OSError, OverflowError, TypeError, ValueError) as error:
-        raise FileError(f"{name}: expected a tensor of {tensor.shape} {tensor.dtype}: {error}") from error
 
 
 def _ends(graph: ir.Graph) -> frozenset[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -72,11 +73,18 @@ def whole(name: str, tensor: ir.TensorProtocol) -> Array:
 
     Raises FileError: the data are not there, or do not fit the tensor's shape.
     """
-    try:
+    with readable(name, tensor):
         array: Array = tensor.numpy()
+    return array
+
+
+@contextmanager
+def readable(name: str, tensor: ir.TensorProtocol) -> Iterator[None]:
+    """Turn what reading a tensor's data may raise into a FileError that names it."""
+    try:
+        yield
     except (OSError, OverflowError, TypeError, ValueError) as error:
         raise FileError(f"{name}: expected a tensor of {tensor.shape} {tensor.dtype}: {error}") from error
-    return array
 
 
 def held_tensors(graph: ir.Graph) -> dict[str, HeldTensor]:

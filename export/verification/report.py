@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,15 @@ if TYPE_CHECKING:
     from .adapter_summary import AdapterSummary
     from .graph_summary import GraphSummary
     from .task_metric import TaskMetric
+
+
+_NAMED = 8
+
+
+def named_first(lines: Sequence[str], what: str) -> tuple[str, ...]:
+    """The first lines, and how many more there are of what they are about."""
+    more = (f"and {len(lines) - _NAMED} more {what}",) if len(lines) > _NAMED else ()
+    return (*lines[:_NAMED], *more)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ def roundings(weight: OneWeight, start: int, stop: int, dtype: np.dtype[Any]) ->
     exact = weight.wide(start, stop)
     fewest = min(_bits(dtype), _bits(weight.start.dtype))
     for middle in _DTYPES:
-        if _bits(middle) < _bits(FLOAT64) and middle != dtype:
+        if middle != dtype:
             words = f"to {middle}, then to {dtype}"
             yield Rounding(words, _to(_to(exact, middle), dtype), _bits(middle) < fewest)
     if weight.update is None:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from .report import Check
+from .report import Check, named_first
 from .verdict import Verdict, WeightVerdict
-
-_NAMED = 8
 
 
 def counted(verdicts: Sequence[WeightVerdict]) -> dict[Verdict, int]:
@@ -30,7 +28,5 @@ def weights_check(verdicts: Sequence[WeightVerdict], *, exact: bool) -> Check:
     counts = [f"{number} {verdict}" for verdict, number in counted(verdicts).items()]
     merged = sum(verdict.merged for verdict in verdicts)
     lines = [str(verdict) for verdict in verdicts if not verdict.passed]
-    if len(lines) > _NAMED:
-        lines = [*lines[:_NAMED], f"and {len(lines) - _NAMED} more weights"]
     figure = f"{len(verdicts)} weights, {merged} merged: {', '.join(counts)}"
-    return Check(name, not lines, figure, tuple(lines))
+    return Check(name, not lines, figure, named_first(lines, "weights"))

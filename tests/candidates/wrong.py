@@ -56,6 +56,13 @@ def wrong(
     )
 
 
+def _through_bfloat16(dtype: torch.dtype) -> Maker:
+    """All weights in a dtype, by way of bfloat16."""
+    return lambda subject, out: merges.cast(
+        subject.base, subject.adapter, out, through=torch.bfloat16, to=dtype
+    )
+
+
 def root_of_rank(parts: sabotage.Parts) -> float:
     return math.sqrt(parts.r)
 
@@ -153,9 +160,7 @@ CHECKPOINTS = [
     ),
     wrong(
         "all weights cast through bfloat16",
-        lambda subject, out: merges.cast(
-            subject.base, subject.adapter, out, through=torch.bfloat16, to=torch.float32
-        ),
+        _through_bfloat16(torch.float32),
         Verdict.ROUNDED_TWICE,
         subjects=FLOAT32,
         others=Verdict.ROUNDED_TWICE,
@@ -164,9 +169,7 @@ CHECKPOINTS = [
     ),
     wrong(
         "all weights in float16, through bfloat16",
-        lambda subject, out: merges.cast(
-            subject.base, subject.adapter, out, through=torch.bfloat16, to=torch.float16
-        ),
+        _through_bfloat16(torch.float16),
         Verdict.ROUNDED_TWICE,
         subjects=FLOAT32,
         others=Verdict.ROUNDED_TWICE,
