@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from loracle.reference import (
     DTypeError,
     LowRank,
+    MergeDifferences,
     NonFiniteError,
     dora_merge_bound,
     expert_factors_from_peft,
@@ -17,6 +18,7 @@ from loracle.reference import (
     merge_bias,
     merge_bound,
     merge_convolution,
+    merge_differences,
     merge_dora,
     merge_experts,
     round_to,
@@ -65,6 +67,15 @@ class Linear:
         W0 = base.T if self.turned else base
         bound = merge_bound(W0, [self._own(start, start + len(base))], precision, dtype=target)
         return bound.T if self.turned else bound
+
+    def differences(
+        self, base: Array, start: int, merged: Array, threads: int | None, label: str
+    ) -> MergeDifferences:
+        """Return where ``merged`` has other bits than `rows`, in its dtype, and what is right there."""
+        adapters = [self._own(start, start + len(base))]
+        return merge_differences(
+            base, adapters, merged, fan_in_fan_out=self.turned, threads=threads, name=label
+        )
 
     def wide(self, base: Array, start: int) -> Array:
         """Return what ``base`` becomes in plain float64, not rounded once: for a look at what is wrong."""

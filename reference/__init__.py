@@ -64,6 +64,7 @@ from .merge import (
     merge,
     merge_adapters,
 )
+from .merge_differences import MergeDifferences, merge_differences
 from .merge_layers import (
     merge_bias,
     merge_convolution,
@@ -135,6 +136,7 @@ __all__ = [
     "LowRank",
     "LowRankApproximation",
     "LowRankGradients",
+    "MergeDifferences",
     "NonFiniteError",
     "ParameterCounts",
     "Precision",
@@ -214,6 +216,7 @@ __all__ = [
     "merge_bias",
     "merge_bound",
     "merge_convolution",
+    "merge_differences",
     "merge_dora",
     "merge_dora_exact",
     "merge_embedding",

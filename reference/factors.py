@@ -35,6 +35,11 @@ class Factors:
         """The factors of the transposed update, for a weight that is stored (in, out)."""
         return Factors(self.start, self.stop, tuple((B.T, A.T, scaling) for A, B, scaling in self.groups))
 
+    def part(self, rows: slice, columns: slice) -> "Factors":
+        """Return the factors of some rows, counted from ``start``, and columns of the update."""
+        groups = tuple((A[:, columns], B[rows], scaling) for A, B, scaling in self.groups)
+        return Factors(self.start + rows.start, self.start + rows.stop, groups)
+
     @property
     def is_zero(self) -> bool:
         """Whether the update is zero throughout because one factor of each product is."""

@@ -104,12 +104,21 @@ def merge_adapters(
     check_out(out, inputs, name)
     overflow = _write_merged(inputs, out, threads, fan_in_fan_out)
     if overflow is not None:
-        check_finite(inputs.W0, name, threads)
-        raise NonFiniteError(
-            f"{name}: expected merged numbers of magnitude {inputs.target.largest:.5g} at most "
-            f"({inputs.target.dtype}), got an overflow at {list(overflow)}; merge to a wider dtype"
-        )
+        raise overflow_error(inputs, overflow, threads, name)
     return out
+
+
+def overflow_error(inputs: MergeInputs, position: Position, threads: int, name: str) -> NonFiniteError:
+    """Return the error for a merge that has an infinity or NaN there.
+
+    Raises:
+        NonFiniteError: W0 has one itself.
+    """
+    check_finite(inputs.W0, name, threads)
+    return NonFiniteError(
+        f"{name}: expected merged numbers of magnitude {inputs.target.largest:.5g} at most "
+        f"({inputs.target.dtype}), got an overflow at {list(position)}; merge to a wider dtype"
+    )
 
 
 def _write_merged(inputs: MergeInputs, out: Array, threads: int, fan_in_fan_out: bool) -> Position | None:

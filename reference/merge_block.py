@@ -3,7 +3,6 @@ one.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,19 +10,19 @@ import numpy as np
 from .error_free import Float64
 from .factors import Factors, norm_bound
 from .formats import Array, FloatFormat, largest_magnitude, nonfinite_mask
-from .merge_entries import Index, merged_entries
+from .merge_entries import Index
 from .merge_interval import IntervalEvaluator
-from .merge_proof import evaluation_error, prove_entries
+from .merge_proof import evaluation_error
+from .single_entries import single_entries
 from .tiles import Position, Tile
 
-_NOTHING: tuple[Index, Index] = (np.empty(0, np.intp), np.empty(0, np.intp))
+NOTHING: tuple[Index, Index] = (np.empty(0, np.intp), np.empty(0, np.intp))
 
-_PRODUCTS_AT_ONCE = 1 << 16
 # Entries that are left wait until there are this many: computing them costs calls, not entries.
-_PENDING_ENTRIES = 1 << 13
+PENDING_ENTRIES = 1 << 13
 # Beyond these, float32 is left for float64: too many terms for its bound, or too near the end of its range.
-_FLOAT32_TERMS = 1 << 10
-_FLOAT32_SIZE = 2.0**120
+FLOAT32_TERMS = 1 << 10
+FLOAT32_SIZE = 2.0**120
 # Where float32 leaves more than this share of a tile uncertain, float64 is faster.
 _FLOAT32_SHARE = 1 / 128
 
@@ -48,12 +47,12 @@ class BlockMerger:
         self._factors, self._W0, self._largest = factors, W0, largest
         self._out, self._target = out, target
         self._narrow = target.dtype.itemsize == 2
-        self._float32 = self._narrow and factors.r <= _FLOAT32_TERMS
+        self._float32 = self._narrow and factors.r <= FLOAT32_TERMS
         self._panel_columns = slice(0, 0)
         self._panel = np.empty((factors.r, 0))
         self._panel_norm = 0.0
         self._evaluators: dict[np.dtype[Any], IntervalEvaluator] = {}
-        self._pending = [_NOTHING]
+        self._pending = [NOTHING]
         self._overflows: list[Position] = []
 
     def merge(self, tile: Tile) -> None:
@@ -73,7 +72,7 @@ class BlockMerger:
                 uncertain = self._round_certain(self._W0[tile], B, largest, self._out[tile])
         i, j = np.divmod(uncertain, columns.stop - columns.start)
         self._pending.append((i + rows.start, j + columns.start))
-        if sum(len(i) for i, _ in self._pending) > _PENDING_ENTRIES:
+        if sum(len(i) for i, _ in self._pending) > PENDING_ENTRIES:
             self._settle_pending()
 
     def finish(self) -> Position | None:
@@ -95,10 +94,7 @@ class BlockMerger:
         """Round W0 + B @ panel into ``out``; return the flat indices of what is not proven right."""
         norms = norm_bound(B, axis=1)
         most = float(norms.max())
-        if (
-            max(largest, self._panel_norm, most, most * self._panel_norm) >= _FLOAT32_SIZE
-            or not self._float32
-        ):
+        if max(largest, self._panel_norm, most, most * self._panel_norm) >= FLOAT32_SIZE or not self._float32:
             return self._round_all(W0, B, norms, largest, out, np.dtype(np.float64))
         uncertain = self._round_all(W0, B, norms, largest, out, np.dtype(np.float32))
         self._float32 = len(uncertain) <= _FLOAT32_SHARE * out.size
@@ -112,7 +108,7 @@ class BlockMerger:
         if evaluator is None:
             evaluator = self._evaluators[dtype] = IntervalEvaluator(self._panel, dtype, self._target)
         error = evaluation_error(dtype, B.shape[1], norms, self._panel_norm, through_float32=self._narrow)
-        bits, indices = self._target.bits, [_NOTHING[0]]
+        bits, indices = self._target.bits, [NOTHING[0]]
         for start in range(0, len(B), evaluator.rows):
             block = slice(start, start + evaluator.rows)
             result, absolute = out[block], float(error.absolute[block].max())
@@ -128,30 +124,8 @@ class BlockMerger:
     def _settle_pending(self) -> None:
         """Compute the entries that wait, one by one."""
         i, j = (np.concatenate(indices) for indices in zip(*self._pending, strict=True))
-        self._pending = [_NOTHING]
-        for some in _pieces(len(i), self._factors.r):
-            self._settle(i[some], j[some])
-
-    def _settle(self, i: Index, j: Index) -> None:
-        """Compute the entries at (i, j): for 16 bits in float64 first, and in more what that does not
-        prove.
-        """
-        w, B, A = self._W0[i, j].astype(np.float64), self._factors.left(i), self._factors.panel(j)
-        if self._narrow:
-            b = B * self._factors.scalings
-            error = evaluation_error(A.dtype, len(A), norm_bound(b, axis=1), norm_bound(A, axis=0))
-            entries, proven = prove_entries(w, b, A.T, error, self._target)
-            self._out[i, j] = entries
-            rest = ~(proven & ~nonfinite_mask(entries))
-            i, j, w, B, A = i[rest], j[rest], w[rest], B[rest], A[:, rest]
-        own = np.arange(len(i))
-        entries = merged_entries(w, own, own, A, B, self._factors.spans, self._target)
+        self._pending = [NOTHING]
+        entries = single_entries(self._factors, self._W0, i, j, self._target)
         self._out[i, j] = entries
         overflows = np.flatnonzero(nonfinite_mask(entries))
         self._overflows += zip(i[overflows].tolist(), j[overflows].tolist(), strict=True)
-
-
-def _pieces(count: int, r: int) -> Iterator[slice]:
-    """Cut a list of entries so that the products of each piece, r of an entry, fit the cache."""
-    step = max(1, _PRODUCTS_AT_ONCE // r)
-    return (slice(start, start + step) for start in range(0, count, step))

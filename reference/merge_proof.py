@@ -41,7 +41,7 @@ _ETA = {_FLOAT64: 2.0**-1074, _FLOAT32: 2.0**-126}
 
 @dataclass(frozen=True, eq=False)
 class EvaluationError:
-    """e = ``relative`` |v| + ``absolute``; one ``absolute`` for each row of the weight."""
+    """e = ``relative`` |v| + ``absolute``; one ``absolute`` for each row of the weight, or each column."""
 
     relative: float
     absolute: Float64
@@ -50,7 +50,7 @@ class EvaluationError:
 def evaluation_error(
     dtype: np.dtype[Any],
     r: int,
-    row_norms: Float64,
+    row_norms: Float64 | float,
     column_norm: Float64 | float,
     *,
     through_float32: bool = False,
@@ -60,8 +60,8 @@ def evaluation_error(
     Args:
         dtype: worked in.
         r: number of components.
-        row_norms: (rows,) at least ||b'||_2.
-        column_norm: at least ||a||_2 of every column, or of each row's own.
+        row_norms: (rows,) at least ||b'||_2; a number, if at least that of all rows.
+        column_norm: at least ||a||_2 of every column, or of each row's own, or of each column, (columns,).
         through_float32: whether all that follows the product is done in float32.
     """
     u, eta = _U[dtype], _ETA[dtype]

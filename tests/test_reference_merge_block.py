@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from loracle.reference import LowRank, NonFiniteError, merge, merge_exact, merge_interval
+from loracle.reference import LowRank, NonFiniteError, merge, merge_exact, merge_product, single_entries
 from loracle.reference import merge_block as module
 from loracle.reference.factors import row_ranges
 from loracle.reference.formats import float_format
@@ -22,18 +22,21 @@ MERGE = sys.modules["loracle.reference.merge"]
 def log(monkeypatch):
     """What was evaluated in which dtype: "all float32", "single", "settled", with how many entries each."""
     found = []
-    ends, prove, settle = module.IntervalEvaluator.round_ends, module.prove_entries, module.merged_entries
+    ends = module.IntervalEvaluator.round_ends
+    prove, settle = single_entries.prove_entries, single_entries.merged_entries
 
     def logged_ends(self, W0, *rest):
-        found.append((f"all {self._A.dtype}", W0.size))
+        found.append((f"all {self._product._A.dtype}", W0.size))
         return ends(self, W0, *rest)
 
     monkeypatch.setattr(module.IntervalEvaluator, "round_ends", logged_ends)
     monkeypatch.setattr(
-        module, "prove_entries", lambda w, *rest: found.append(("single", len(w))) or prove(w, *rest)
+        single_entries, "prove_entries", lambda w, *rest: found.append(("single", len(w))) or prove(w, *rest)
     )
     monkeypatch.setattr(
-        module, "merged_entries", lambda w, *rest: found.append(("settled", len(w))) or settle(w, *rest)
+        single_entries,
+        "merged_entries",
+        lambda w, *rest: found.append(("settled", len(w))) or settle(w, *rest),
     )
     return found
 
@@ -108,7 +111,7 @@ def test_float64_needs_more_than_float64_for_every_entry(log):
 
 
 def test_entries_that_are_left_wait_until_there_are_many(log, monkeypatch):
-    monkeypatch.setattr(module, "_PENDING_ENTRIES", 10)
+    monkeypatch.setattr(module, "PENDING_ENTRIES", 10)
     W0, A, B = np.zeros((8, 6), F32), np.zeros((1, 6), F32), np.ones((8, 1), F32)
     A[0, 0] = 1
     (factors,) = row_ranges(8, [LowRank(A, B, 1.0)])
@@ -142,8 +145,8 @@ def test_the_first_overflow_of_all_tiles_is_reported_at_the_end():
 
 
 def test_products_and_blocks_are_cut_so_that_they_fit_the_cache(log, monkeypatch):
-    monkeypatch.setattr(merge_interval, "_BLOCK_ENTRIES", 96 * 5)
-    monkeypatch.setattr(module, "_PRODUCTS_AT_ONCE", 8 * 3)
+    monkeypatch.setattr(merge_product, "_BLOCK_ENTRIES", 96 * 5)
+    monkeypatch.setattr(single_entries, "_PRODUCTS_AT_ONCE", 8 * 3)
     W0, A, B = model_like(BF16)
     assert np.array_equal(merge(W0, A, B, 2.0, threads=1), merge_exact(W0, A, B, 2.0, BF16))
     assert max(n for kind, n in log if kind.startswith("all")) == 96 * 5
@@ -196,7 +199,7 @@ def near_ties(dtype, distance, r):
 @pytest.mark.parametrize("bits", [20, 23, 24, 25, 26, 30, 50, 52, 53, 54, 60])
 def test_sums_beside_a_midpoint_are_right_whatever_is_worked_in(monkeypatch, bits, dtype, float32):
     """In float64 as well, from where a 16-bit target is reached through float32."""
-    monkeypatch.setattr(module, "_FLOAT32_TERMS", 1 << 10 if float32 else 0)
+    monkeypatch.setattr(module, "FLOAT32_TERMS", 1 << 10 if float32 else 0)
     monkeypatch.setattr(module, "_FLOAT32_SHARE", 1.0)
     W0, A, B = near_ties(dtype, 2.0**-bits, 2)
     assert np.array_equal(merge(W0, A, B, 1.0), merge_exact(W0, A, B, 1.0, dtype))
@@ -259,7 +262,7 @@ def test_float32_is_used_up_to_its_share_and_below_its_size(log, monkeypatch):
         merger.merge((rows, slice(0, 30)))
     assert [kind for kind, _ in log if kind.startswith("all")] == ["all float32"] * 2
     log.clear()
-    monkeypatch.setattr(module, "_FLOAT32_SIZE", 2.0)
+    monkeypatch.setattr(module, "FLOAT32_SIZE", 2.0)
     merger = BlockMerger(factors, W0, 2.0, np.empty_like(W0), float_format(BF16))
     merger.merge((slice(0, 20), slice(0, 30)))
     assert next(iter(counts(log))) == "all float64"

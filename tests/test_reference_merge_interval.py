@@ -10,7 +10,8 @@ from merge_problems import problem
 from loracle.reference import round_float64, round_fraction
 from loracle.reference.factors import norm_bound
 from loracle.reference.formats import FORMATS, float_format
-from loracle.reference.merge_interval import IntervalEvaluator, block_shape, load, store
+from loracle.reference.merge_interval import IntervalEvaluator, store
+from loracle.reference.merge_product import block_shape, load
 from loracle.reference.merge_proof import evaluation_error
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
@@ -81,9 +82,9 @@ def test_the_ends_are_e_below_and_e_above(work, target):
 def test_a_block_may_have_fewer_rows_and_columns_need_not_be_a_whole_number_of_slices(
     monkeypatch, work, target, r
 ):
-    monkeypatch.setattr("loracle.reference.merge_interval._BLOCK_ENTRIES", 64)
-    monkeypatch.setattr("loracle.reference.merge_interval._SERIAL_PRODUCT", 32 * r)
-    monkeypatch.setattr("loracle.reference.merge_interval._LEAST_COLUMNS", 4)
+    monkeypatch.setattr("loracle.reference.merge_product._BLOCK_ENTRIES", 64)
+    monkeypatch.setattr("loracle.reference.merge_product._SERIAL_PRODUCT", 32 * r)
+    monkeypatch.setattr("loracle.reference.merge_product._LEAST_COLUMNS", 4)
     w, B, A, exact, error = problem(1, work, target, 0, 3, 13, r)
     evaluator = IntervalEvaluator(A, work, float_format(target))
     assert evaluator.rows >= 3
@@ -157,7 +158,7 @@ def test_products_are_small_enough_for_one_thread(monkeypatch, work, target):
         rng.uniform(-1, 1, (40, 70)),
         rng.uniform(-1, 1, (70, 300)),
     )
-    monkeypatch.setattr("loracle.reference.merge_interval.np.matmul", logged)
+    monkeypatch.setattr("loracle.reference.merge_product.np.matmul", logged)
     evaluator, low = IntervalEvaluator(A, work, float_format(target)), np.empty(w.shape, target)
     evaluator.round_ends(w, B, 2.0**-20, 1.0, 4.0, low)
     assert sizes

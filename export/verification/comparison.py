@@ -67,15 +67,15 @@ def compare(weight: OneWeight, held: Array) -> Comparison:
     is_base = weight.base is not None
     for start, stop in row_blocks(held.shape, BLOCK_ENTRIES):
         got = np.ascontiguousarray(held[start:stop])
-        want = weight.rows(start, stop, dtype)
+        apart = weight.differences(start, got)
         if is_base and weight.merged:
             base = weight.base_rows(start, stop, dtype)
             is_base = base is not None and np.array_equal(bits(got), bits(base))
-        places = np.flatnonzero(bits(got) != bits(want))
+        places = apart.places
         counts[0] += got.size - len(places)
         if not len(places):
             continue
-        block = EntriesApart(weight, start, stop, places, got.reshape(-1)[places], want.reshape(-1)[places])
+        block = EntriesApart(weight, start, stop, places, got.reshape(-1)[places], apart.expected)
         distance = ulp_distance(block.got, block.want)
         counts += histogram(distance)
         unequal += len(places)

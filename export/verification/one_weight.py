@@ -12,6 +12,9 @@ from numpy.typing import NDArray
 
 from loracle.files import MergedWeights
 from loracle.files.updates import Bound, Linear, Update, conversion_bound, convert
+from loracle.reference import MergeDifferences
+
+from .ulps import bits
 
 Array = NDArray[Any]
 FLOAT64 = np.dtype(np.float64)
@@ -44,6 +47,15 @@ class OneWeight:
         if self.update is None:
             return convert(own, dtype, self.name)
         return self.update.rows(own, start, dtype, None, self.name)
+
+    def differences(self, start: int, held: Array) -> MergeDifferences:
+        """Where rows that somebody holds, from `start` on, have other bits than the merge in their dtype."""
+        own = self.start[start : start + len(held)]
+        if isinstance(self.update, Linear):
+            return self.update.differences(own, start, held, None, self.name)
+        expected = self.rows(start, start + len(held), held.dtype)
+        places = np.flatnonzero(bits(held) != bits(expected))
+        return MergeDifferences(places, expected.reshape(-1)[places])
 
     def wide(self, start: int, stop: int) -> Array:
         """The rows in float64, off by a few of its roundings at most."""
