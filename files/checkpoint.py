@@ -14,6 +14,7 @@ from loracle.reference import FileError
 
 from .contained import require_contained
 from .json_file import read_json_object
+from .mapped_view import MappedView
 from .safetensors_file import SafetensorsFile
 
 CONFIG_FILE = "config.json"
@@ -120,6 +121,10 @@ class Checkpoint:
     def dtype(self, name: str) -> np.dtype[Any]:
         """Return the tensor's dtype as stored."""
         return self._file(name).entries[name].dtype
+
+    def view(self, name: str) -> MappedView:
+        """Return where the tensor lies."""
+        return self._file(name).view(name)
 
     def tensor(self, name: str) -> NDArray[Any]:
         """Return the tensor: a read-only array over the mapped file, no copy."""

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from loracle.reference import FileError
 
 from .json_file import MAX_BYTES, check_regular_file, parse_json_object
+from .mapped_view import MappedView
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -105,6 +106,11 @@ class SafetensorsFile:
         """Return the tensor as a read-only array over the mapped file; KeyError when there is none."""
         entry = self.entries[name]
         return np.ndarray(entry.shape, entry.dtype, buffer=self._bytes, offset=entry.offset)
+
+    def view(self, name: str) -> MappedView:
+        """Return where the tensor lies; KeyError when there is none."""
+        entry = self.entries[name]
+        return MappedView(self.path, entry.offset, entry.shape, self.tensor(name).strides, entry.dtype)
 
     def release(self, name: str) -> None:
         """Let the system drop the tensor's pages from this process; they are read again when needed."""

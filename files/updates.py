@@ -12,6 +12,7 @@ from loracle.reference import (
     LowRank,
     MergeDifferences,
     NonFiniteError,
+    Precision,
     dora_merge_bound,
     expert_factors_from_peft,
     merge_adapters,
@@ -42,7 +43,7 @@ class Update(Protocol):
 
     def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
         """Return a bound on the distance of a merge that rounds after every operation, of the shape of
-        ``base``: evaluated in ``precision``, and rounded to ``target`` at the end.
+        ``base``: evaluated in ``precision``, see `merging`, and rounded to ``target`` at the end.
 
         Raises ConfigError where there is none.
         """
@@ -65,7 +66,7 @@ class Linear:
     def bound(self, base: Array, start: int, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:
         """See `Update`."""
         W0 = base.T if self.turned else base
-        bound = merge_bound(W0, [self._own(start, start + len(base))], precision, dtype=target)
+        bound = merge_bound(W0, [self._own(start, start + len(base))], merging(precision), dtype=target)
         return bound.T if self.turned else bound
 
     def differences(
@@ -103,7 +104,7 @@ class Convolution:
         """See `Update`."""
         A, B = as_matrices(self.pair, slice(start, start + len(base)))
         adapters = [LowRank(A, B, self.pair.scaling)]
-        return merge_bound(_matrix(base), adapters, precision, dtype=target).reshape(base.shape)
+        return merge_bound(_matrix(base), adapters, merging(precision), dtype=target).reshape(base.shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +136,7 @@ class Dora:
         A, B = as_matrices(pair, own)
         adapter = LowRank(A, B, pair.scaling)
         magnitude = pair.magnitude.reshape(-1)[own]
-        return dora_merge_bound(_matrix(base), adapter, magnitude, precision, dtype=target).reshape(
+        return dora_merge_bound(_matrix(base), adapter, magnitude, merging(precision), dtype=target).reshape(
             base.shape
         )
 
@@ -163,7 +164,9 @@ class Stacked:
         for place, matrix in enumerate(base):
             expert = start + place
             W0 = matrix.T if self.turned else matrix
-            own = merge_bound(W0, [LowRank(A[expert], B[expert], self.pair.scaling)], precision, dtype=target)
+            own = merge_bound(
+                W0, [LowRank(A[expert], B[expert], self.pair.scaling)], merging(precision), dtype=target
+            )
             bounds[place] = own.T if self.turned else own
         return bounds
 
@@ -185,7 +188,7 @@ class Bias:
         assert self.pair.bias is not None
         B = self.pair.bias[start : start + len(base), None]
         adapter = LowRank(np.ones((1, 1), B.dtype), B, self.pair.scaling)
-        return merge_bound(base[:, None], [adapter], precision, dtype=target)[:, 0]
+        return merge_bound(base[:, None], [adapter], merging(precision), dtype=target)[:, 0]
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,6 +210,12 @@ class TokenRows:
         """See `Update`: nothing is computed, but rows may be converted by way of ``precision``."""
         exact = self.rows(base, start, np.dtype(np.float64), None, "rows")
         return conversion_bound(exact, precision, target)
+
+
+def merging(dtype: np.dtype[Any]) -> Precision:
+    """Return the precision of a merge in a dtype: of 16 bits, products are summed in float32 by every library
+    and device that trains in it, and then rounded."""
+    return Precision(dtype, accumulator=np.float32 if dtype.itemsize == 2 else None)
 
 
 def conversion_bound(exact: Array, precision: np.dtype[Any], target: np.dtype[Any]) -> Bound:

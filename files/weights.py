@@ -45,6 +45,7 @@ class MergedWeights:
         names: of all tensors, in the order of the checkpoint's.
         merged_names: of those that the adapter changes or brings, in the same order.
         shards: the checkpoint's file names to the names of the tensors that belong into each.
+        threads: as given.
         config: the content of the model's ``config.json``.
 
     Raises:
@@ -62,7 +63,7 @@ class MergedWeights:
     ) -> None:
         self.checkpoint = checkpoint
         self.adapter = adapter
-        self._threads = threads
+        self.threads = threads
         head = None if adapter is None else plan_head(checkpoint, adapter)
         self._base = BaseTensors(checkpoint, None if head is None else head.sources)
         self._new: Mapping[str, NDArray[Any]] = {} if head is None else head.new
@@ -157,7 +158,7 @@ class MergedWeights:
         update = self._updates.get(name)
         if update is None:
             return convert(base, target, label)
-        return update.rows(base, start, target, self._threads, label)
+        return update.rows(base, start, target, self.threads, label)
 
     def _by_shard(self) -> dict[str, tuple[str, ...]]:
         """Return the tensors of each file; what the checkpoint lacks belongs into the last."""

@@ -144,18 +144,29 @@ def merge_bound(
     For the merges of others, as PEFT's or loralib's; `merge` itself is off by half a unit in the last place
     at most. Evaluated in ``precision`` and rounded to ``dtype``, W0's by default, at the end.
 
-    The bound is g (|W0| + sum |scaling| |B||A|) plus underflows, with r terms in g.
+    The update may be computed in any order, and be added to W0 in the sums of the product itself, as
+    ``addmm`` does. W0 takes part in one stored sum for each adapter, so with a wide accumulator the bound is
+    a few units in the last place where the update is small, whatever r is:
+
+        g0 |W0| + g sum |scaling| |B||A|,
+
+    g0 from `Precision.growth` for those sums and one rounding more, g for the update's own too, both with r
+    terms in the accumulator; plus underflows and the rounding to ``dtype``.
     """
     check_linear_shapes(np.zeros((0, W0.shape[-1])), W0, adapters)
     size = sizing(precision, adapters)
-    merged = size(W0)
+    frozen, update = size(W0), None
     for adapter in sized(adapters, size):
-        merged = merged + linear.weight_update(adapter, W0.shape[0])
-    bound: Bound = merged.bound(slack(adapters))
+        own = linear.weight_update(adapter, W0.shape[0])
+        update = own if update is None else update + own
+    magnitude, bound = frozen.size, frozen.bound(1)
+    if update is not None:
+        sums = replace(frozen, terms=update.terms, stores=frozen.stores + len(adapters))
+        bound = sums.bound(1) + update.bound(1 + slack(adapters))
+        magnitude = magnitude + update.size
     stored = float_format(W0.dtype if dtype is None else dtype)
-    last: Bound = stored.unit_roundoff * (merged.size + bound) + stored.smallest_normal
-    bound += last
-    return bound
+    total: Bound = bound + stored.unit_roundoff * (magnitude + bound) + stored.smallest_normal
+    return total
 
 
 def merged_against_unmerged_bound(

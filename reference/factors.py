@@ -91,10 +91,10 @@ def row_ranges(out_features: int, adapters: Sequence[LowRank]) -> list[Factors]:
 
 
 def norm_bound(matrix: Float64, axis: int) -> Float64:
-    """Return at least the Euclidean norms along ``axis``, whatever underflows; an overflow is infinite."""
+    """Return at least the Euclidean norms along ``axis``, 0 or 1, whatever underflows; an overflow is infinite."""
     count = matrix.shape[axis]
     with np.errstate(over="ignore", under="ignore"):
-        norms: Float64 = np.sqrt((matrix * matrix).sum(axis=axis))
+        norms: Float64 = np.sqrt(np.einsum("ij,ij->i" if axis == 1 else "ij,ij->j", matrix, matrix))
     # The squares, the sum and the root have fewer than count + 4 roundings; a square may also underflow.
     norms *= 1 + (count + 4) * 2.0**-53
     norms += math.sqrt(count) * 2.0**-510

@@ -65,7 +65,7 @@ def evaluation_error(
         through_float32: whether all that follows the product is done in float32.
     """
     u, eta = _U[dtype], _ETA[dtype]
-    absolute = 1.01 * (r + 6) * u * (row_norms * column_norm)
+    absolute = np.asarray(1.01 * (r + 6) * u * (row_norms * column_norm))
     absolute += 4 * r * eta * (row_norms + column_norm + 2)
     if through_float32:
         absolute += 1.01 * _U[_FLOAT32] * (row_norms * column_norm) + 4 * _ETA[_FLOAT32]

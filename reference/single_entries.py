@@ -34,8 +34,9 @@ def _piece(factors: Factors, W0: Array, i: Index, j: Index, target: FloatFormat)
     error = evaluation_error(A.dtype, len(A), norm_bound(b, axis=1), norm_bound(A, axis=0))
     entries, proven = prove_entries(w, b, A.T, error, target)
     rest = np.flatnonzero(~(proven & ~nonfinite_mask(entries)))
-    own = np.arange(len(rest))
-    entries[rest] = merged_entries(w[rest], own, own, A[:, rest], B[rest], factors.spans, target)
+    if len(rest):
+        own = np.arange(len(rest))
+        entries[rest] = merged_entries(w[rest], own, own, A[:, rest], B[rest], factors.spans, target)
     return entries
 
 

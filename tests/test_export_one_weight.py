@@ -9,7 +9,7 @@ import pytest
 from loracle.export.verification.one_weight import FLOAT64, coarser, row_blocks, weight_of
 from loracle.files import Adapter, Checkpoint, MergedWeights
 from loracle.files.updates import conversion_bound
-from loracle.reference import DTypeError, LowRank, NonFiniteError, merge_bound, round_to
+from loracle.reference import DTypeError, LowRank, NonFiniteError, Precision, merge_bound, round_to
 from tests.files_fixtures import Q0, random_array, small_adapter, small_tensors, write_model
 
 FLOAT32, FLOAT16 = np.dtype(np.float32), np.dtype(np.float16)
@@ -43,7 +43,10 @@ def test_a_weight_with_an_update(weights: MergedWeights) -> None:
     own = LowRank(pair.A, pair.B[2:5], pair.scaling)
     assert np.array_equal(
         weight.bound(2, 5, BFLOAT16, FLOAT32),
-        merge_bound(weight.start[2:5], [own], BFLOAT16, dtype=FLOAT32),
+        merge_bound(weight.start[2:5], [own], Precision(BFLOAT16, accumulator=FLOAT32), dtype=FLOAT32),
+    )
+    assert np.array_equal(
+        weight.bound(2, 5, FLOAT32, FLOAT16), merge_bound(weight.start[2:5], [own], FLOAT32, dtype=FLOAT16)
     )
     A, B = pair.A.astype(np.float64), pair.B.astype(np.float64)
     exact = weight.start.astype(np.float64) + pair.scaling * (B @ A)

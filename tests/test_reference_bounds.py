@@ -279,11 +279,12 @@ def test_a_float32_accumulator_bounds_what_bfloat16_alone_cannot():
 
 def test_the_bound_of_a_rounded_merge_counts_the_roundings_that_it_says():
     """Two adapters of ones in bfloat16. Of stored roundings there are, of each update, the scaling's own and
-    the multiplication's, and the first is added to once more: 4, and a slack of 5."""
+    the multiplication's, and the first is added to once more: 4, and a slack of 5. W0 is added to twice, and
+    has a slack of 1."""
     W0, A, B = np.ones((3, 7), BF16), np.ones((2, 7), BF16), np.ones((3, 2), BF16)
     adapters = [LowRank(A, B, 2.0), LowRank(A, B[:2], -0.5, rows=slice(1, 3))]
     size = np.array([[5.0], [6.0], [6.0]]) @ np.ones((1, 7))
-    before = growth(2, 9, BF16, BF16) * size
+    before = growth(2, 9, BF16, BF16) * (size - 1) + growth(2, 3, BF16, BF16)
     for stored in (BF16, F16):
         expected = before + unit_roundoff(stored) * (size + before)
         bound = merge_bound(W0, adapters, BF16, dtype=stored)

@@ -268,8 +268,8 @@ def test_the_result_depends_neither_on_threads_nor_on_blocks(monkeypatch, dtype,
     W0, r = gaussian(rng, shape, 0.02, dtype), 5
     A, B = gaussian(rng, (r, shape[1]), 0.1), gaussian(rng, (shape[0], r), 0.1)
     expected = merge(W0, A, B, 0.3, threads=1)
-    monkeypatch.setattr("loracle.reference.merge_interval._BLOCK_ENTRIES", 1000)
-    monkeypatch.setattr("loracle.reference.merge_interval._SERIAL_PRODUCT", 1500)
+    monkeypatch.setattr("loracle.reference.merge_product._BLOCK_ENTRIES", 1000)
+    monkeypatch.setattr("loracle.reference.merge_product._SERIAL_PRODUCT", 1500)
     monkeypatch.setattr(MERGE, "_TILE_ENTRIES", 3000)
     monkeypatch.setattr(MERGE, "_PANEL_ENTRIES", 333)
     for threads in (1, 2, 7):
@@ -452,11 +452,11 @@ def test_threads_are_gone_afterwards():
 
 def test_almost_everything_is_settled_in_float64(monkeypatch):
     settled = []
-    from loracle.reference import merge_block
+    from loracle.reference import single_entries
 
-    original = merge_block.merged_entries
+    original = single_entries.merged_entries
     monkeypatch.setattr(
-        merge_block, "merged_entries", lambda w, *rest: settled.append(len(w)) or original(w, *rest)
+        single_entries, "merged_entries", lambda w, *rest: settled.append(len(w)) or original(w, *rest)
     )
     rng = np.random.default_rng(11)
     W0, A, B = gaussian(rng, (512, 512), 0.02), gaussian(rng, (8, 512), 0.01), gaussian(rng, (512, 8), 0.01)

@@ -12,6 +12,7 @@ from loracle.files.updates import same_bits
 
 from ..write import Progress
 from .asked import Asked, Found
+from .comparisons import Comparisons, comparable
 from .input_files import checkpoint_files
 from .judge import Judge
 from .verdict import Verdict, WeightVerdict
@@ -23,8 +24,11 @@ def verify_checkpoint(folder: Path, asked: Asked) -> Found:
     exact = bool(asked.exact)
     with Checkpoint(folder) as candidate:
         asked.digest(checkpoint_files(candidate, "candidate", folder))
-        judge = Judge(asked.weights, exact=exact)
-        verdicts = judge_checkpoint(candidate, asked.weights, judge, asked.progress)
+        names = held_names(candidate, asked.weights)
+        views = ((name, candidate.view(held)) for name, held in names.items())
+        with Comparisons(asked.weights, comparable(asked.weights, views)) as ahead:
+            judge = Judge(asked.weights, exact=exact, ahead=ahead)
+            verdicts = judge_checkpoint(candidate, asked.weights, judge, asked.progress)
     return Found((weights_check(verdicts, exact=exact),), verdicts, file=folder)
 
 
@@ -36,24 +40,30 @@ def judge_checkpoint(
     A tensor is found by its name, with or without the prefix of the model's body. Where input and output
     embeddings are one tensor, the candidate may hold it once or twice.
     """
-    architecture = architecture_of(weights.config)
-    names = TensorNames(candidate.names, architecture)
+    names = held_names(candidate, weights)
     said: list[WeightVerdict] = []
     seen: set[str] = set()
     for done, name in enumerate(weights.names, 1):
-        held = names.find(name)
+        held = names.get(name)
         if held is None:
             said.append(_absent(name, candidate, weights))
             continue
         seen.add(held)
         place = "" if held == name else held
-        said.append(judge.judge(name, candidate.tensor(held), place))
+        said.append(judge.judge(name, candidate.tensor(held), place, candidate.view(held)))
         candidate.release(held)
         weights.release(name)
         if progress is not None:
             progress(done, len(weights.names))
     extra = (name for name in candidate.names if name not in seen)
     return (*said, *(_added(name, candidate, weights) for name in extra))
+
+
+def held_names(candidate: Checkpoint, weights: MergedWeights) -> dict[str, str]:
+    """The weights of the model that a checkpoint holds, each with its tensor's name there."""
+    names = TensorNames(candidate.names, architecture_of(weights.config))
+    found = ((name, names.find(name)) for name in weights.names)
+    return {name: held for name, held in found if held is not None}
 
 
 def _absent(name: str, candidate: Checkpoint, weights: MergedWeights) -> WeightVerdict:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
-from loracle.files.updates import Linear, conversion_bound
+from loracle.files.updates import Linear, conversion_bound, merging
 from loracle.reference import ConfigError
 
 from .one_weight import FLOAT64, OneWeight, coarser, row_blocks
@@ -27,7 +27,6 @@ FEW = 1e-3
 _FEW_ROWS = 4
 """Where fewer rows than one in so many have entries in doubt, the bound is computed for these alone."""
 
-_ROUNDINGS = 4
 _HALF_ULP = 2.0**-7
 """More than rounding can have changed a number by, relative to it, in any of the dtypes."""
 
@@ -59,7 +58,6 @@ class Comparison:
 
 def compare(weight: OneWeight, held: Array) -> Comparison:
     """Compare a candidate's tensor, (rows, ...) in any floating-point dtype, with the merge rounded to it."""
-    dtype = held.dtype
     counts = histogram(np.zeros(0, np.uint64))
     unequal = outside = not_finite = 0
     furthest, witness = np.uint64(0), None
@@ -69,8 +67,7 @@ def compare(weight: OneWeight, held: Array) -> Comparison:
         got = np.ascontiguousarray(held[start:stop])
         apart = weight.differences(start, got)
         if is_base and weight.merged:
-            base = weight.base_rows(start, stop, dtype)
-            is_base = base is not None and np.array_equal(bits(got), bits(base))
+            is_base = _are_base(weight, start, stop, got)
         places = apart.places
         counts[0] += got.size - len(places)
         if not len(places):
@@ -90,6 +87,15 @@ def compare(weight: OneWeight, held: Array) -> Comparison:
             furthest = steps[most]
             witness = Witness((start + row, *rest), float(block.want[most]), float(block.got[most]))
     return Comparison(held.size, unequal, outside, not_finite, named(counts), witness, is_base)
+
+
+def _are_base(weight: OneWeight, start: int, stop: int, got: Array) -> bool:
+    """Whether rows have the bits of the base's; the first decides it for most that do not."""
+    for last in (start + 1, stop):
+        base = weight.base_rows(start, last, got.dtype)
+        if base is None or not np.array_equal(bits(got[: last - start]), bits(base)):
+            return False
+    return True
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,13 +144,16 @@ def _outside(block: EntriesApart) -> int:
 
 
 def least_bound(block: EntriesApart, precision: np.dtype[Any]) -> NDArray[np.float64]:
-    """What a linear layer's bound is at least, computed quickly: the update is |scaling| |B||A| at most, and
-    the r terms of the product, scaling, sum and storing round once each. 0 for other kinds."""
+    """What a linear layer's bound is at least, computed quickly: the update is |scaling| |B||A| at most; it
+    and W0 are rounded twice in the dtype merged in, r times in the sums, and once in the candidate's. 0 for
+    other kinds."""
     update = block.weight.update
     if not isinstance(update, Linear):
         return np.zeros(len(block.places))
-    roundings = _ROUNDINGS + update.pair.r
+    own = merging(precision)
+    last = float(ml_dtypes.finfo(block.got.dtype).eps) / 2
+    roundings = 2 * own.form.unit_roundoff + update.pair.r * own.wide.unit_roundoff + last
     W0 = block.weight.start[block.start : block.stop].reshape(-1)[block.places].astype(FLOAT64)
     want = block.want.astype(FLOAT64)
     size: NDArray[np.float64] = np.abs(W0) + np.maximum(np.abs(want - W0) - np.abs(want) * _HALF_ULP, 0)
-    return roundings * float(ml_dtypes.finfo(precision).eps) / 2 * size
+    return roundings * size

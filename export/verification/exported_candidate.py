@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 
 from loracle.files import MergedWeights
+from loracle.files.mapped_view import MappedView
 
 from ..deployed_base import split
 from ..names import GRAPH_FILE
 from ..template import GraphTemplate
 from ..write import BoundTensors, Progress
 from .candidate import Candidate
+from .comparisons import Comparisons, comparable
 from .graph_diff import first_difference
+from .graph_tensors import mapped_view
 from .judge import Judge
 from .report import Check, named_first
 from .task_verification import constants_again
@@ -83,19 +86,23 @@ def judge_initializers(
     }
     differences = compare_computed(tensors, computed, progress)
     del computed
-    judge = Judge(weights, exact=exact)
     said: list[WeightVerdict] = []
     dtype = candidate.options.numpy_dtype
-    for done, initializer in enumerate(sound, 1):
-        said += [
-            _judged(name, held, dtype, tensors, weights, judge)
-            for name, held in _parts(initializer, candidate, tensors)
-            if name in tensors.found
-        ]
-        tensors.release(initializer)
-        candidate.release(initializer)
-        if progress is not None:
-            progress(done, len(sound))
+    views = {initializer: _views(initializer, candidate, tensors) for initializer in sound}
+    stored = ((tensors.found.get(name, ""), view) for own in views.values() for name, view in own.items())
+    held = comparable(weights, ((name, view) for name, view in stored if name in weights.names))
+    with Comparisons(weights, held) as ahead:
+        judge = Judge(weights, exact=exact, ahead=ahead)
+        for done, initializer in enumerate(sound, 1):
+            said += [
+                _judged(name, array, views[initializer].get(name), dtype, tensors, weights, judge)
+                for name, array in _parts(initializer, candidate, tensors)
+                if name in tensors.found
+            ]
+            tensors.release(initializer)
+            candidate.release(initializer)
+            if progress is not None:
+                progress(done, len(sound))
     title = "initializers are the correctly rounded merge" if exact else "initializers are the merge"
     if candidate.options.quantization is not None:
         title += f", quantised to {candidate.options.quantization}"
@@ -137,9 +144,25 @@ def _parts(initializer: str, candidate: Candidate, tensors: BoundTensors) -> Ite
     return tensors.parts(initializer, tensor).items()
 
 
+def _views(initializer: str, candidate: Candidate, tensors: BoundTensors) -> dict[str, MappedView | None]:
+    """Where the weights in an initializer are mapped from."""
+    value = None if initializer in candidate.weights else candidate.initializer(initializer)
+    if value is None or value.const_value is None:
+        return {}
+    tensor = value.const_value
+    whole = np.empty(tensor.shape.numpy(), tensor.dtype.numpy())
+    names = tensors.parts(initializer, whole)
+
+    def part(name: str) -> MappedView | None:
+        return mapped_view(tensor, lambda array: tensors.parts(initializer, array)[name])
+
+    return {name: part(name) for name in names}
+
+
 def _judged(
     name: str,
     held: Array,
+    view: MappedView | None,
     dtype: np.dtype[Any],
     tensors: BoundTensors,
     weights: MergedWeights,
@@ -148,7 +171,9 @@ def _judged(
     """The verdict on a weight of the graph; one of a mixture's experts is compared, not explained."""
     stored = tensors.found[name]
     if stored in weights.names:
-        return replace(judge.judge(stored, held, name), name=name, place="" if stored == name else stored)
+        return replace(
+            judge.judge(stored, held, name, view), name=name, place="" if stored == name else stored
+        )
     merged = stored in tensors.source.merged_names
     difference = compare_tensor(
         name,
@@ -156,8 +181,8 @@ def _judged(
         tensors.source.tensor(stored, dtype),
         (lambda: tensors.source.base_tensor(stored, dtype)) if merged else None,
     )
-    verdict = Verdict.EXACT if merged else Verdict.UNTOUCHED
-    said = WeightVerdict(name, verdict, True, merged=merged, entries=int(held.size))
+    right = Verdict.EXACT if merged else Verdict.UNTOUCHED
+    said = WeightVerdict(name, right, True, merged=merged, entries=int(held.size))
     return said if difference is None else _different(said, difference)
 
 

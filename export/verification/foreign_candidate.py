@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import onnx_ir as ir
 
 from loracle.files import MergedWeights
 from loracle.files.checkpoint import is_module
+from loracle.files.mapped_view import MappedView
 from loracle.files.ties import EMBEDDINGS, tied_twin
 
 from ..write import Progress
@@ -44,6 +45,14 @@ def judge_foreign(
     return tuple(said)
 
 
+def mapped_weights(graph: ir.Graph, matches: Matches) -> Iterator[tuple[str, MappedView | None]]:
+    """Where each weight that a graph holds is mapped from, in the order of `judge_foreign`."""
+    held = held_tensors(graph)
+    for name, places in matches.found.items():
+        for match in places:
+            yield name, held[match.initializer].mapped(match.view)
+
+
 def needless(verdicts: Sequence[WeightVerdict]) -> tuple[WeightVerdict, ...]:
     """The verdicts on the weights of a graph whose answers are right: what the adapter leaves alone and lies
     nowhere, as the pooler of a model that answers without it, is not needed."""
@@ -59,7 +68,8 @@ def needless(verdicts: Sequence[WeightVerdict]) -> tuple[WeightVerdict, ...]:
 def _judged(name: str, match: Match, held: Mapping[str, HeldTensor], judge: Judge) -> WeightVerdict:
     tensor = held[match.initializer]
     place = "" if str(match) == name else f"{match}, {match.how}"
-    return tensor.read(lambda array: judge.judge(name, match.view(array), place))
+    view = tensor.mapped(match.view)
+    return tensor.read(lambda array: judge.judge(name, match.view(array), place, view))
 
 
 def _worst(own: list[WeightVerdict], places: tuple[Match, ...], *, tied: bool) -> WeightVerdict:

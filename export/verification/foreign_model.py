@@ -18,7 +18,8 @@ from ..architecture import check_supported
 from ..external import load_graph, parse_graph
 from ..names import GRAPH_FILE, GRAPH_SUFFIX, OPTIONS_KEY
 from .asked import Asked, Found
-from .foreign_candidate import judge_foreign, needless
+from .comparisons import Comparisons, comparable
+from .foreign_candidate import judge_foreign, mapped_weights, needless
 from .foreign_outputs import check_foreign_outputs
 from .graph_content import describe_graph
 from .graph_summary import foreign_graph_summary
@@ -58,7 +59,9 @@ def verify_foreign(graph: Path, asked: Asked) -> Found:
     base = None if asked.base_graph is None else load_graph(asked.base_graph)
     matches = match_weights(model.graph, weights)
     exact = bool(asked.exact)
-    verdicts = judge_foreign(model.graph, matches, weights, Judge(weights, exact=exact), asked.progress)
+    with Comparisons(weights, comparable(weights, mapped_weights(model.graph, matches))) as ahead:
+        judge = Judge(weights, exact=exact, ahead=ahead)
+        verdicts = judge_foreign(model.graph, matches, weights, judge, asked.progress)
     content = describe_graph(model, matches, adapter, base)
     checks = (content.check(), weights_check(verdicts, exact=exact))
     summary = foreign_graph_summary(content, matches)

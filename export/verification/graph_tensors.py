@@ -9,11 +9,13 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
+from loracle.files.mapped_view import MappedView
 from loracle.reference import FileError
 
 Array = np.ndarray[Any, Any]
@@ -55,6 +57,10 @@ class HeldTensor:
         """Whether the entries are floating-point numbers that are no codes."""
         return self.tensor.dtype in _FLOATING
 
+    def mapped(self, take: Callable[[Array], Array]) -> MappedView | None:
+        """See `mapped_view`."""
+        return mapped_view(self.tensor, take)
+
     def read(self, take: Callable[[Array], T]) -> T:
         """Return what `take` makes of the whole tensor, whatever it is but a view of it.
 
@@ -76,6 +82,19 @@ def whole(name: str, tensor: ir.TensorProtocol) -> Array:
     with readable(name, tensor):
         array: Array = tensor.numpy()
     return array
+
+
+def mapped_view(tensor: ir.TensorProtocol, take: Callable[[Array], Array]) -> MappedView | None:
+    """Return where a view of a tensor lies in its data file; None where it lies in none, or is no view.
+
+    Args:
+        take: makes the view of the tensor's array; it gets one whose entries are not to be read.
+    """
+    if not isinstance(tensor, ir.ExternalTensor):
+        return None
+    shape = tuple(int(size) for size in tensor.shape.numpy())
+    array = np.empty(shape, tensor.dtype.numpy())
+    return MappedView.within(take(array), array, Path(tensor.path), tensor.offset or 0)
 
 
 @contextmanager

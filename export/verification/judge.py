@@ -20,10 +20,12 @@ from numpy.typing import NDArray
 
 from loracle.files import MergedWeights
 from loracle.files.lora_pair import FLOATS
+from loracle.files.mapped_view import MappedView
 from loracle.files.updates import Update
 
 from .alternatives import Alternative, alternatives, scaled
 from .comparison import FEW, Comparison, compare
+from .comparisons import Comparisons, Held
 from .one_weight import FLOAT64, OneWeight, coarser, row_blocks, weight_of
 from .residue import low_rank_part
 from .roundings import roundings
@@ -90,20 +92,29 @@ class Judge:
     Args:
         weights: the base with the adapter merged in.
         exact: whether only the correctly rounded merge passes.
+        ahead: what compares some of them before they are judged.
     """
 
-    def __init__(self, weights: MergedWeights, *, exact: bool = False) -> None:
+    def __init__(
+        self, weights: MergedWeights, *, exact: bool = False, ahead: Comparisons | None = None
+    ) -> None:
         self._weights = weights
         self._exact = exact
+        self._ahead = ahead
 
     @cached_property
     def _updates(self) -> Mapping[str, Update]:
         pairs = ((name, self._weights.update(name)) for name in self._weights.merged_names)
         return {name: update for name, update in pairs if update is not None}
 
-    def judge(self, name: str, held: Array, place: str = "") -> WeightVerdict:
+    def judge(self, name: str, held: Array, place: str = "", view: MappedView | None = None) -> WeightVerdict:
         """The verdict on the tensor that a candidate holds as the weight `name`, in the checkpoint's
-        orientation and any floating-point dtype."""
+        orientation and any floating-point dtype.
+
+        Args:
+            place: where it has it, in words.
+            view: where it is mapped from.
+        """
         weight = weight_of(self._weights, name)
         held = held.reshape(1) if held.ndim == 0 else held
         said = WeightVerdict(name, Verdict.EXACT, True, place, weight.merged, int(held.size))
@@ -112,7 +123,11 @@ class Judge:
             return replace(said, verdict=Verdict.WRONG_SHAPE, passed=False, detail=detail)
         if weight.start.dtype not in FLOATS or held.dtype not in FLOATS:
             return _judge_others(weight, held, said)
-        compared = compare(weight, held)
+        compared = None
+        if self._ahead is not None and view is not None:
+            compared = self._ahead.of(Held(name, view))
+        if compared is None:
+            compared = compare(weight, held)
         said = replace(said, unequal=compared.unequal, ulps=compared.ulps, witness=compared.witness)
         if not compared.unequal:
             if not weight.merged:

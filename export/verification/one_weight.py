@@ -29,12 +29,14 @@ class OneWeight:
         start: what the update changes, (rows, ...): the base's tensor, or the adapter's in its place.
         update: None where there is none.
         base: the base's tensor; None where it has none.
+        threads: for each merge; one per CPU by default.
     """
 
     name: str
     start: Array
     update: Update | None
     base: Array | None
+    threads: int | None = None
 
     @property
     def merged(self) -> bool:
@@ -46,13 +48,13 @@ class OneWeight:
         own = self.start[start:stop]
         if self.update is None:
             return convert(own, dtype, self.name)
-        return self.update.rows(own, start, dtype, None, self.name)
+        return self.update.rows(own, start, dtype, self.threads, self.name)
 
     def differences(self, start: int, held: Array) -> MergeDifferences:
         """Where rows that somebody holds, from `start` on, have other bits than the merge in their dtype."""
         own = self.start[start : start + len(held)]
         if isinstance(self.update, Linear):
-            return self.update.differences(own, start, held, None, self.name)
+            return self.update.differences(own, start, held, self.threads, self.name)
         expected = self.rows(start, start + len(held), held.dtype)
         places = np.flatnonzero(bits(held) != bits(expected))
         return MergeDifferences(places, expected.reshape(-1)[places])
@@ -88,7 +90,7 @@ def weight_of(weights: MergedWeights, name: str) -> OneWeight:
         base = None if base is None else base.reshape(1)
     if name not in weights.merged_names:
         base = start
-    return OneWeight(name, start, update, base)
+    return OneWeight(name, start, update, base, weights.threads)
 
 
 def row_blocks(shape: tuple[int, ...], entries: int) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,172 @@
+"""Comparisons made in other processes are those made here, and failures there are errors here."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loracle.export.verification import comparisons as module
+from loracle.export.verification import judge
+from loracle.export.verification.comparison import compare
+from loracle.export.verification.comparisons import Comparisons, Held, Setup, comparable, serve
+from loracle.export.verification.one_weight import weight_of
+from loracle.export.verification.verify import verify
+from loracle.files import Checkpoint, MergedWeights
+from loracle.files.mapped_view import MappedView
+from loracle.reference import CheckError, NonFiniteError
+from tests.export_fixtures import make_adapter, make_model
+from tests.files_fixtures import Q0, V0, small_adapter, small_tensors, write_model
+
+Q, V = f"{Q0}.weight", f"{V0}.weight"
+
+
+class Case:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.checkpoint = Checkpoint(write_model(folder / "base", [small_tensors()]))
+        self.weights = MergedWeights(self.checkpoint, small_adapter())
+
+    def held(self, name: str, array: Any, *, turned: bool = False) -> Held:
+        """The array in a file of its own, as somebody's tensor of that name."""
+        path = self.folder / f"{len(list(self.folder.iterdir()))}.data"
+        stored = np.ascontiguousarray(array.T) if turned else array
+        path.write_bytes(b"12345" + stored.tobytes())
+        view = MappedView.within(stored.T if turned else stored, stored, path, 5)
+        assert view is not None
+        return Held(name, view)
+
+
+@pytest.fixture
+def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
+    monkeypatch.setattr(module, "_OWN_BYTES", 0)
+    return Case(tmp_path)
+
+
+def test_comparisons_are_those_made_here(case: Case) -> None:
+    right = np.array(case.weights.tensor(Q))
+    damaged = right.copy()
+    damaged[1, 2] *= 3
+    held = [
+        case.held(Q, right),
+        case.held(Q, damaged),
+        case.held(Q, right, turned=True),
+        case.held(Q, case.weights.tensor(Q, np.dtype(np.float16))),
+        case.held(V, case.checkpoint.tensor(V)),
+        case.held(V, np.full_like(right, np.nan)[: len(case.checkpoint.tensor(V))]),
+        *(case.held(name, case.checkpoint.tensor(name)) for name in case.checkpoint.names),
+    ]
+    with Comparisons(case.weights, held, processes=2, large=0) as ahead:
+        for one in reversed(held):
+            expected = compare(weight_of(case.weights, one.name), one.view.open())
+            assert repr(ahead.of(one)) == repr(expected)  # NaN is not equal to itself
+        assert ahead.of(held[1]).unequal == 1
+        assert ahead.of(Held(V, held[0].view)) is None
+    assert all(process.poll() is not None for process in ahead._running)
+    assert len(ahead._running) == 2
+
+
+def test_few_bytes_are_not_worth_a_process(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = case.held(Q, case.weights.tensor(Q))
+    for large, smallest in ((held.view.nbytes + 1, 0), (0, held.view.nbytes + 1), (None, 0)):
+        monkeypatch.setattr(module, "_OWN_BYTES", smallest)
+        with Comparisons(case.weights, [held], large=large) as ahead:
+            assert ahead.of(held) is None
+            assert not ahead._running
+
+
+def test_an_overflow_of_the_merge_is_the_error_that_it_is_here(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(module, "_OWN_BYTES", 0)
+    case = Case(tmp_path)
+    tensors = small_tensors()
+    tensors[Q] = np.full_like(tensors[Q], 1e30)
+    checkpoint = Checkpoint(write_model(tmp_path / "large", [tensors]))
+    weights = MergedWeights(checkpoint, small_adapter())
+    held = case.held(Q, np.ones(tensors[Q].shape, np.float16))
+    with pytest.raises(NonFiniteError) as expected:
+        compare(weight_of(weights, Q), held.view.open())
+    with Comparisons(weights, [held], large=0) as ahead, pytest.raises(NonFiniteError) as got:
+        ahead.of(held)
+    assert str(got.value) == str(expected.value)
+
+
+@pytest.mark.parametrize("program", ["pass", "import sys; sys.stdin.buffer.read(1); sys.exit(3)"])
+def test_a_process_that_ends_too_soon_is_an_error(case: Case, monkeypatch: Any, program: str) -> None:
+    def started() -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    monkeypatch.setattr(module, "_started", started)
+    held = [case.held(name, case.checkpoint.tensor(name)) for name in case.checkpoint.names]
+    with Comparisons(case.weights, held, processes=1, large=0) as ahead:
+        for one in held:
+            with pytest.raises(CheckError, match=r"has ended with code [03]; is there too little memory"):
+                ahead.of(one)
+
+
+def test_processes_end_with_an_exception_here(case: Case) -> None:
+    held = [case.held(name, case.checkpoint.tensor(name)) for name in case.checkpoint.names]
+    before = threading.active_count()
+    with pytest.raises(KeyboardInterrupt), Comparisons(case.weights, held, large=0) as ahead:
+        raise KeyboardInterrupt
+    assert ahead._running
+    assert all(process.poll() is not None for process in ahead._running)
+    assert threading.active_count() == before
+
+
+def test_only_mapped_weights_of_the_right_shape_are_compared_ahead(case: Case) -> None:
+    view = case.held(Q, case.weights.tensor(Q)).view
+    wrong = case.held(Q, case.weights.tensor(Q)[1:]).view
+    codes = case.held(Q, np.zeros(view.shape, np.int8)).view
+    given = [(Q, view), (Q, None), (Q, wrong), (Q, codes)]
+    assert comparable(case.weights, given) == [Held(Q, view)]
+
+
+def test_a_process_answers_each_in_turn_until_there_are_no_more(case: Case) -> None:
+    held = case.held(Q, case.weights.tensor(Q))
+    source, sink = io.BytesIO(), io.BytesIO()
+    for value in (Setup(case.checkpoint.dir, case.weights.adapter), held, held):
+        pickle.dump(value, source)
+    source.seek(0)
+    serve(source, sink)
+    sink.seek(0)
+    expected = compare(weight_of(case.weights, Q), held.view.open())
+    assert sink.read() == pickle.dumps(expected) * 2
+
+
+@pytest.mark.parametrize("kind", ["export", pytest.param("foreign", marks=pytest.mark.slow), "checkpoint"])
+def test_verify_says_the_same_with_processes_and_compares_nothing_itself(
+    tmp_path: Path, monkeypatch: Any, kind: str
+) -> None:
+    from loracle.export import export
+    from loracle.files import write_merged_checkpoint
+    from tests.foreign_graphs import torch_export
+
+    model = make_model(tmp_path / "model")
+    adapter = make_adapter(tmp_path / "adapter", model)
+    out = tmp_path / "out"
+    if kind == "export":
+        export(model, out, adapter)
+    else:
+        write_merged_checkpoint(model, adapter, out)
+    if kind == "foreign":
+        out = torch_export(out, tmp_path / "onnx")
+    plain = verify(out, model, adapter, outputs=False)
+    monkeypatch.setattr(module, "_OWN_BYTES", 0)
+    monkeypatch.setattr(module, "LARGE_BYTES", 0)
+    here = []
+    monkeypatch.setattr(
+        judge, "compare", lambda weight, held: here.append(weight.name) or compare(weight, held)
+    )
+    ahead = verify(out, model, adapter, outputs=False)
+    assert ahead == plain
+    assert ahead.passed
+    assert not [name for name in here if "proj" in name or "embed" in name]
