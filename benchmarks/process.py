@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 # A small process in between: Linux counts the memory of the process that forked into the child's peak.
 # /proc/PID/io is read when the process has ended and nothing has waited for it yet.
@@ -65,6 +68,39 @@ def measure(command: Sequence[str], environment: Mapping[str, str] | None = None
         lines = done.stderr.splitlines()[-8:]
         raise SystemExit("\n".join([f"exit code {code}: {' '.join(command[:3])}", *lines]))
     return Measured(*figures)
+
+
+def peak_of_all(command: Sequence[str], every: float = 0.05) -> int:
+    """Run `command` and return the largest sum of the resident sets of it and of all processes it has started
+    and they have, looked at so many seconds apart. Pages that several have mapped count once for each.
+
+    Raises SystemExit where it does not exit with 0, or this is no Linux.
+    """
+    if not Path("/proc/self/statm").exists():
+        raise SystemExit("expected Linux, whose /proc tells what processes take")
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = 0
+    while process.poll() is None:
+        peak = max(peak, sum(_resident(pid) for pid in _family(process.pid)))
+        time.sleep(every)
+    if process.returncode:
+        raise SystemExit(f"exit code {process.returncode}: {' '.join(command[:3])}")
+    return peak
+
+
+def _family(pid: int) -> Iterator[int]:
+    """A process and all that descend from it."""
+    yield pid
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # it may have ended
+            for child in path.read_text().split():
+                yield from _family(int(child))
+
+
+def _resident(pid: int) -> int:
+    with suppress(OSError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    return 0
 
 
 def one_after_the_other(steps: Sequence[Measured]) -> Measured:

@@ -22,7 +22,7 @@ from benchmarks.export_parity import Judge
 from benchmarks.export_report import checks, rows_of
 from benchmarks.export_ways import BUILDER, CACHED, CONTROL, FIRST, FLOOR, OPTIMUM, TORCH, WAYS, Job, Way
 from benchmarks.llama_model import LlamaShape, write_llama
-from benchmarks.process import Measured, measure, one_after_the_other
+from benchmarks.process import Measured, measure, one_after_the_other, peak_of_all
 from loracle.files import Checkpoint
 
 SHAPE = LlamaShape(16, 2, 4, 2, 24, 300)
@@ -51,6 +51,17 @@ def test_a_process_tells_what_it_and_its_children_read_wrote_and_held(tmp_path: 
     assert 5 * MB <= busy.read_bytes - idle.read_bytes < 7 * MB
     assert 200 * MB < busy.peak_bytes < idle.peak_bytes + 210 * MB
     assert 0 < idle.seconds < busy.seconds
+
+
+def test_the_peak_of_all_counts_what_a_process_starts() -> None:
+    hold = "import time; held = b'1' * 120_000_000; time.sleep(0.6)"
+    alone = peak_of_all([sys.executable, "-c", hold], every=0.01)
+    start = f"import subprocess, sys; {hold.split('; ')[1]}; subprocess.run([sys.executable, '-c', {hold!r}])"
+    both = peak_of_all([sys.executable, "-c", start], every=0.01)
+    assert 120 * MB < alone < 180 * MB
+    assert alone + 110 * MB < both < 330 * MB
+    with pytest.raises(SystemExit, match="exit code 3"):
+        peak_of_all([sys.executable, "-c", "raise SystemExit(3)"])
 
 
 def test_a_failure_shows_the_last_lines() -> None:

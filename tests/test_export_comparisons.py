@@ -148,7 +148,6 @@ def test_verify_says_the_same_with_processes_and_compares_nothing_itself(
 ) -> None:
     from loracle.export import export
     from loracle.files import write_merged_checkpoint
-    from tests.foreign_graphs import torch_export
 
     model = make_model(tmp_path / "model")
     adapter = make_adapter(tmp_path / "adapter", model)
@@ -158,6 +157,8 @@ def test_verify_says_the_same_with_processes_and_compares_nothing_itself(
     else:
         write_merged_checkpoint(model, adapter, out)
     if kind == "foreign":
+        from tests.foreign_graphs import torch_export
+
         out = torch_export(out, tmp_path / "onnx")
     plain = verify(out, model, adapter, outputs=False)
     monkeypatch.setattr(module, "_OWN_BYTES", 0)
