@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import export, finetune, merge, run, serve, tasks, verify
+from .commands import export, extract, finetune, merge, rank, run, serve, tasks, verify
 
 app = typer.Typer(
     name="loracle",
@@ -23,6 +23,8 @@ app.command("verify")(verify.command)
 app.command("run")(run.command)
 app.command("serve")(serve.command)
 app.add_typer(tasks.app, name="tasks")
+app.command("extract")(extract.command)
+app.add_typer(rank.app, name="rank")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,11 +1,11 @@
 """The configuration under which an adapter that started as a part of W0 is an ordinary one."""
 
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import replace
 
 from loracle.files import LoraConfig
+from loracle.files.adapter_ranks import alpha_for
 from loracle.reference import lora_scaling
 
 from .update import TAKEN_FROM_W0
@@ -38,14 +38,7 @@ def plain_config(config: LoraConfig, scalings: Mapping[str, float]) -> LoraConfi
             lora_alpha=2 * config.lora_alpha,
             alpha_pattern={key: 2 * alpha for key, alpha in config.alpha_pattern.items()},
         )
-    common = _alpha(lora_scaling(config.r, config.lora_alpha, True), doubled.r)
-    alphas = {path: _alpha(scaling, doubled.rank_of(path)) for path, scaling in scalings.items()}
+    common = alpha_for(lora_scaling(config.r, config.lora_alpha, True), doubled.r)
+    alphas = {path: alpha_for(scaling, doubled.rank_of(path)) for path, scaling in scalings.items()}
     own = {re.escape(path): alpha for path, alpha in alphas.items() if alpha != common}
     return replace(doubled, lora_alpha=common, alpha_pattern=own)
-
-
-def _alpha(scaling: float, r: int) -> float:
-    """Return alpha with alpha / r the scaling, as nearly as float64 has it."""
-    alpha = scaling * r
-    candidates = (alpha, math.nextafter(alpha, math.inf), math.nextafter(alpha, -math.inf))
-    return next((value for value in candidates if value / r == scaling), alpha)
