@@ -91,7 +91,7 @@ def row_ranges(out_features: int, adapters: Sequence[LowRank]) -> list[Factors]:
 
 
 def norm_bound(matrix: Float64, axis: int) -> Float64:
-    """Return at least the Euclidean norms along ``axis``, 0 or 1, whatever underflows; an overflow is infinite."""
+    """Return at least the Euclidean norms along axis 0 or 1, whatever underflows; an overflow is infinite."""
     count = matrix.shape[axis]
     with np.errstate(over="ignore", under="ignore"):
         norms: Float64 = np.sqrt(np.einsum("ij,ij->i" if axis == 1 else "ij,ij->j", matrix, matrix))

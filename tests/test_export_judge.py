@@ -20,7 +20,8 @@ from tests.files_fixtures import write_model
 
 Array = NDArray[Any]
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-DTYPES = [np.dtype(np.float32), np.dtype(np.float16), BFLOAT16]
+FLOAT32 = np.dtype(np.float32)
+DTYPES = [FLOAT32, np.dtype(np.float16), BFLOAT16]
 SIZE, R = 96, 6
 LAYERS = "model.layers.{}.self_attn.{}_proj"
 Q0, Q1, V0 = LAYERS.format(0, "q"), LAYERS.format(1, "q"), LAYERS.format(0, "v")
@@ -151,6 +152,44 @@ def test_each_mistake_is_named(case: Case, mistake: str) -> None:
         "and another's": f"rank {R}",
     }
     assert expected.get(mistake, "") in said.detail, str(said)
+
+
+def nothing_else(*_: Any) -> Any:
+    raise AssertionError("looked for another explanation")
+
+
+def test_what_is_plainly_the_merge_needs_no_other_explanation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(tmp_path / "base", FLOAT32)
+    monkeypatch.setattr(Judge, "_nearest", nothing_else)
+    monkeypatch.setattr(Judge, "_right_but_for_noise", nothing_else)
+    held = case.W0 + case.scaling * (case.B @ case.A)
+    said = case.verdict(held)
+    assert (said.verdict, said.passed) == (Verdict.WITHIN_ULPS, True)
+    assert said.unequal > 0
+    assert not case.verdict(held, exact=True).passed
+    assert said.detail == f"the update is there, rounded otherwise; at most {said.ulps[-1][0]} ulp"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "update", "noise"),
+    [
+        (FLOAT32, 0.02, 1.5),  # 1.3 in the mean of log2(1 + steps)
+        (BFLOAT16, 0.0003, 0.3),  # an update of about one step
+    ],
+    ids=str,
+)
+def test_where_another_update_could_hide_it_is_looked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: np.dtype[Any], update: float, noise: float
+) -> None:
+    case = Case(tmp_path / "base", dtype, update)
+    right = case.added(case.delta)
+    steps = np.round(gaussian(right.shape, 5, noise)).astype(f"i{dtype.itemsize}")
+    held = (right.view(f"i{dtype.itemsize}") + steps).view(dtype)
+    monkeypatch.setattr(Judge, "_nearest", nothing_else)
+    with pytest.raises(AssertionError, match="looked for another explanation"):
+        case.verdict(held)
 
 
 @pytest.mark.parametrize("mistake", ["base", "twice", "subtracted", "transposed", "another layer's"])

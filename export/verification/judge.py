@@ -40,6 +40,8 @@ SAMPLE_ENTRIES = 1 << 18
 _SAMPLE_BLOCKS = 4
 _EXPLAINED = 0.9
 """A way of rounding explains a weight if it gives the bits of so many of the entries that differ."""
+_NEAR, _FAR = 0.5, 4.0
+"""In the mean of log2(1 + steps): 4 is an update of 15 steps."""
 _NOISE_SHARE = 0.25
 """Noise that is larger than this share of the update is not what merging and unmerging leaves."""
 
@@ -153,6 +155,8 @@ class Judge:
             return replace(said, verdict=Verdict.ROUNDED_TWICE, passed=passed, detail=words)
         if not weight.merged:
             return replace(wrong, verdict=Verdict.CHANGED, detail=self._change(sample, compared))
+        if compared.outside == 0 and _is_plainly_right(sample):
+            return self._within(said, compared)
         found = self._nearest(sample)
         if found is not None:
             return replace(wrong, verdict=found.verdict, detail=_confirmed(found, held))
@@ -200,8 +204,7 @@ class Judge:
             return replace(wrong, verdict=Verdict.OTHER_ADAPTER, detail=words)
         most = compared.ulps[-1][0]
         if compared.outside == 0:
-            words = f"the update is there, rounded otherwise; at most {most} ulp"
-            return replace(said, verdict=Verdict.WITHIN_ULPS, passed=not self._exact, detail=words)
+            return self._within(said, compared)
         if compared.outside <= max(1, FEW * compared.entries):
             words = f"the update is there, but {compared.outside} entries are further off than any rounding"
             return replace(wrong, verdict=Verdict.DAMAGED, detail=words)
@@ -215,6 +218,10 @@ class Judge:
             return replace(wrong, verdict=Verdict.DRIFTED, detail=words)
         words = f"noise of {share:.2g} times the update's size lies over it"
         return replace(wrong, verdict=Verdict.UNEXPLAINED, detail=words)
+
+    def _within(self, said: WeightVerdict, compared: Comparison) -> WeightVerdict:
+        words = f"the update is there, rounded otherwise; at most {compared.ulps[-1][0]} ulp"
+        return replace(said, verdict=Verdict.WITHIN_ULPS, passed=not self._exact, detail=words)
 
     def _change(self, sample: _Sample, compared: Comparison) -> str:
         """What was done to a weight that the adapter leaves alone."""
@@ -282,6 +289,18 @@ def _rounded_twice(sample: _Sample) -> tuple[str, bool] | None:
         return None
     given = f"the bits of {unequal - best[0]} of {unequal} entries looked at that differ"
     return f"{best[2]}; that gives {given}", best[1]
+
+
+def _is_plainly_right(sample: _Sample) -> bool:
+    """Whether most entries are the merge's or the next number, and the update is so much larger that nothing
+    which is not a good part of it could explain better what differs."""
+    W0 = sample.weight.base
+    if W0 is None or W0.shape != sample.weight.start.shape:
+        return False
+    without = sample.rows(replace(sample.weight, start=W0, update=None), sample.got.dtype)
+    update = float(np.log2(1.0 + ulp_distance(sample.right, without).astype(FLOAT64)).mean())
+    own = sample.distance(sample.right)
+    return own <= _NEAR and update >= own + _FAR
 
 
 def _is_small(residue: Array, sample: _Sample) -> bool:
