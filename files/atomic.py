@@ -18,6 +18,10 @@ from .partial import partial_file, partial_folder, remove_abandoned
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+class _Tried(Exception):  # noqa: N818
+    pass
+
+
 @contextmanager
 def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a new empty folder that becomes ``path`` when the block ends without an exception.
@@ -42,6 +46,16 @@ def output_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         flush_tree(temporary)
         _rename_folder(temporary, final)
         flush_folder(final.parent)
+
+
+def check_output_folder(path: str | os.PathLike[str]) -> None:
+    """Refuse what `output_folder` would, before anything slow is done; nothing is left there.
+
+    Raises:
+        FileError: see `output_folder`.
+    """
+    with suppress(_Tried), output_folder(path):
+        raise _Tried
 
 
 def write_atomic(path: str | os.PathLike[str], content: bytes) -> None:

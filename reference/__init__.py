@@ -43,6 +43,7 @@ from .exact import merge_exact
 from .experts import expert_factors_from_peft, experts_backward, experts_forward
 from .experts_bounds import experts_backward_bound, experts_forward_bound
 from .extraction import ExtractedAdapter, extract_adapter
+from .fastfood import Fastfood, fastfood_projection, walsh_hadamard
 from .initialization import (
     Start,
     embedding_start,
@@ -51,6 +52,8 @@ from .initialization import (
     kaiming_start,
     orthogonal_start,
 )
+from .intrinsic import Subspace, subspace_gradient, subspace_parameters
+from .intrinsic_bounds import subspace_gradient_bound, subspace_parameters_bound
 from .linear import (
     LinearGradients,
     adapted_linear_backward,
@@ -82,6 +85,7 @@ from .optimizer import (
 )
 from .optimizer_bounds import AdamWBound, adamw_step_bound, clip_bound
 from .precision import Precision, gamma, probable_gamma
+from .random_projection import DenseProjection, dense_projection
 from .rank import (
     ParameterCounts,
     RankFactorization,
@@ -126,8 +130,10 @@ __all__ = [
     "Convolution",
     "DTypeError",
     "DataError",
+    "DenseProjection",
     "DoraGradients",
     "ExtractedAdapter",
+    "Fastfood",
     "FileError",
     "LayerGradients",
     "LinearGradients",
@@ -146,6 +152,7 @@ __all__ = [
     "RankFactorization",
     "ShapeError",
     "Start",
+    "Subspace",
     "Svd",
     "TargetError",
     "UnmergeRecord",
@@ -179,6 +186,7 @@ __all__ = [
     "delta_singular_values",
     "delta_svd",
     "delta_svd_error_bound",
+    "dense_projection",
     "dora_backward",
     "dora_backward_bound",
     "dora_forward",
@@ -199,6 +207,7 @@ __all__ = [
     "experts_forward",
     "experts_forward_bound",
     "extract_adapter",
+    "fastfood_projection",
     "fused_adapters",
     "gamma",
     "gaussian_start",
@@ -242,6 +251,10 @@ __all__ = [
     "softmax_backward",
     "squared_error_gradient",
     "stable_rank",
+    "subspace_gradient",
+    "subspace_gradient_bound",
+    "subspace_parameters",
+    "subspace_parameters_bound",
     "subspace_similarity",
     "subspace_similarity_bound",
     "subspace_similarity_grid",
@@ -251,4 +264,5 @@ __all__ = [
     "unit_roundoff",
     "unmerge",
     "unmerge_record",
+    "walsh_hadamard",
 ]

@@ -9,10 +9,9 @@ import pytest
 import torch
 from refusal import refused
 
-from loracle.files import Adapter, LoraConfig
+from loracle.files import Adapter, LoraConfig, run_folder
 from loracle.files.lock import try_lock
 from loracle.reference import ConfigError, FileError
-from loracle.torch_impl import checkpoints as checkpoints_module
 from loracle.torch_impl.checkpoints import Checkpoints, State
 from loracle.torch_impl.curve import Curve, Evaluation, Step
 
@@ -171,7 +170,7 @@ def test_a_run_that_ends_while_another_begins_is_not_mixed_up_with_it(
             gone.append(second.folder)
         return try_lock(descriptor)
 
-    monkeypatch.setattr(checkpoints_module, "try_lock", late)
+    monkeypatch.setattr(run_folder, "try_lock", late)
     assert second.open(RUN, resume=False) is None
     second.save(state(3))
     assert gone

@@ -3,7 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from loracle.files import output_folder
+from loracle.files.atomic import check_output_folder
 from loracle.reference import ConfigError
 
 from .checkpoints import Checkpoints, State
@@ -79,7 +80,7 @@ def _run(options: FinetuneOptions, world: World, progress: Progress | None) -> F
     with world.together():
         inputs = _read(options)
         if world.main:
-            _check_output(options.out)
+            check_output_folder(options.out)
             if options.tensorboard is not None:
                 check_tensorboard()
     bf16 = native_bf16(world.device) if options.bf16 is None else options.bf16
@@ -253,16 +254,6 @@ def _result(
         bf16=bf16,
         world_size=world.size,
     )
-
-
-class _Writable(Exception):  # noqa: N818
-    pass
-
-
-def _check_output(out: Path) -> None:
-    """Refuse an output folder that could not be made, before anything slow is done; nothing is left there."""
-    with suppress(_Writable), output_folder(out):
-        raise _Writable
 
 
 def _check_same(world: World, identities: Sequence[Mapping[str, Any]]) -> None:
