@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .commands import export, extract, finetune, intrinsic, merge, rank, run, serve, tasks, verify
+from .commands import bench, export, extract, finetune, intrinsic, merge, rank, run, serve, tasks, verify
 
 app = typer.Typer(
     name="loracle",
@@ -23,6 +23,7 @@ app.command("verify")(verify.command)
 app.command("run")(run.command)
 app.command("serve")(serve.command)
 app.add_typer(tasks.app, name="tasks")
+app.command("bench")(bench.command)
 app.command("extract")(extract.command)
 app.command("intrinsic")(intrinsic.command)
 app.add_typer(rank.app, name="rank")

@@ -20,10 +20,10 @@ from rich.console import Console
 from loracle.cli.guard import one_line_errors
 from loracle.cli.progress import bar, stderr
 from loracle.files import write_atomic
+from loracle.files.machine import describe_machine
 from loracle.reference import CheckError, FileError
 
 from .console import deployment_table, task_table
-from .machine import describe_machine
 from .pipeline import run_task
 from .report import DemoReport, TaskReport, render
 from .settings import TASKS

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loracle.export import DecoderSession, Deployment
+from loracle.export.bench.intervals import median_interval
 
 
 @dataclass(frozen=True)
@@ -96,13 +97,3 @@ def measure_decode(
         ratio, low, high = median_interval(first / times)
         result[name] = DecodeSpeed(len(tokens) / float(np.median(times)), ratio, low, high)
     return result
-
-
-def median_interval(
-    values: np.ndarray[tuple[int, ...], np.dtype[np.float64]], *, resamples: int = 10_000, seed: int = 0
-) -> tuple[float, float, float]:
-    """Median of `values` and the 95% interval of it, by bootstrap over the values."""
-    draws = np.random.default_rng(seed).integers(0, values.size, (resamples, values.size))
-    medians = np.median(values[draws], axis=1)
-    low, high = np.quantile(medians, (0.025, 0.975))
-    return float(np.median(values)), float(low), float(high)

@@ -194,12 +194,12 @@ def _add_inputs(path: Path, weights: list[str]) -> None:
     held = set(adapted_layers(model.graph))
     missing = [weight for weight in weights if weight.removesuffix(".weight") not in held]
     for weight in missing:
-        _put_inputs(model.graph, weight)
+        put_inputs(model.graph, weight)
     if missing:
         write_atomic(path, bytes(ir.to_proto(model).SerializeToString()))
 
 
-def _put_inputs(graph: ir.Graph, weight: str) -> None:
+def put_inputs(graph: ir.Graph, weight: str) -> None:
     """Put A and B, inputs of rank 0 by default, beside the product of a weight, in place."""
     product = product_of(graph, weight)
     held = graph.initializers[weight]

@@ -1,10 +1,11 @@
-"""The machine that a result was measured on, in a few words."""
-
-from __future__ import annotations
+"""The machine that a result was measured on, in a few words: no host name, no path."""
 
 import os
 import platform
+from collections.abc import Iterable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 
 def describe_machine() -> tuple[tuple[str, str], ...]:
@@ -16,6 +17,18 @@ def describe_machine() -> tuple[tuple[str, str], ...]:
         ("memory", f"{memory:.0f} GiB"),
         ("system", f"{platform.system()} {platform.machine()}"),
     )
+
+
+def machine_document(packages: Iterable[str]) -> dict[str, Any]:
+    """What a result file says of the machine: `describe_machine`, and the versions of Python and of those
+    packages that are installed."""
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {**dict(describe_machine()), "python": platform.python_version(), "versions": versions}
 
 
 def processor() -> str:
