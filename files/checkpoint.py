@@ -122,6 +122,10 @@ class Checkpoint:
         """Return the tensor's dtype as stored."""
         return self._file(name).entries[name].dtype
 
+    def expect(self, name: str) -> None:
+        """Have the system read the tensor ahead, in the background; it is asked for soon."""
+        self._file(name).expect(name)
+
     def view(self, name: str) -> MappedView:
         """Return where the tensor lies."""
         return self._file(name).view(name)

@@ -50,8 +50,11 @@ class MappedView:
             return None
         return MappedView(path, offset + distance, view.shape, view.strides, view.dtype)
 
-    def open(self) -> NDArray[Any]:
+    def open(self, *, soon: bool = False) -> NDArray[Any]:
         """Map it, read-only. The mapping ends with the last array on it.
+
+        Args:
+            soon: have the system read it ahead, in the background.
 
         Raises:
             FileError: the file is not there, or too short.
@@ -64,4 +67,13 @@ class MappedView:
             if os.fstat(file.fileno()).st_size < self.offset + last + self.dtype.itemsize:
                 raise FileError(f"{self.path}: too short for what it should hold; copy it again")
             mapped = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=self.offset - skipped)
+        if soon:
+            read_ahead(mapped, 0, length)
         return np.ndarray(self.shape, self.dtype, mapped, skipped, self.strides)
+
+
+def read_ahead(mapped: mmap.mmap, start: int, nbytes: int) -> None:
+    """Have the system read a part of a mapped file in the background, where it takes such advice."""
+    first = start // mmap.PAGESIZE * mmap.PAGESIZE
+    if nbytes and hasattr(mmap, "MADV_WILLNEED"):
+        mapped.madvise(mmap.MADV_WILLNEED, first, start + nbytes - first)

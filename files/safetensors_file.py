@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from loracle.reference import FileError
 
 from .json_file import MAX_BYTES, check_regular_file, parse_json_object
-from .mapped_view import MappedView
+from .mapped_view import MappedView, read_ahead
 
 DTYPES: Mapping[str, np.dtype[Any]] = {
     "BOOL": np.dtype(np.bool_),
@@ -111,6 +111,11 @@ class SafetensorsFile:
         """Return where the tensor lies; KeyError when there is none."""
         entry = self.entries[name]
         return MappedView(self.path, entry.offset, entry.shape, self.tensor(name).strides, entry.dtype)
+
+    def expect(self, name: str) -> None:
+        """Have the system read the tensor ahead, in the background."""
+        entry = self.entries[name]
+        read_ahead(self._bytes, entry.offset, entry.nbytes)
 
     def release(self, name: str) -> None:
         """Let the system drop the tensor's pages from this process; they are read again when needed."""

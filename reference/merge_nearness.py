@@ -61,7 +61,7 @@ class NearnessEvaluator:
         last, rows = self._scratch.dtype.type, len(W0)
         absolute = error.absolute * _ROOM
         relative = error.relative * _ROOM
-        # e <= 2 relative 2^k + absolute. As relative is 2^-p / 8 at most, 2 e < h where 3 absolute + e < h.
+        # e <= 2 relative 2^k + absolute. As relative is 2^-p / 8 at most, 2 e < h where 4 absolute < h.
         factor = self._half_spacing * (1 - 2.0**-20) - 2 * relative
         scratch, value = self._scratch[:rows], self._product.multiply(B)
         load(W0, scratch)
@@ -70,12 +70,13 @@ class NearnessEvaluator:
         np.subtract(value, scratch, out=scratch)
         np.abs(scratch, out=scratch)
         near = self._near_subnormals(unusual, merged, value, scratch, relative, absolute)
-        np.maximum(scratch, (3 * absolute).astype(last), out=scratch)
         bits = value.view(self._bits)
         np.bitwise_and(bits, self._exponent, out=bits)  # 2^k
+        small = np.less_equal(value, (4 / self._half_spacing * absolute).astype(last))
         np.multiply(value, last(factor), out=value)
         np.subtract(value, absolute.astype(last), out=value)
         proven = np.less(scratch, value)
+        np.greater(proven, small, out=proven)
         if len(unusual):
             proven[np.unravel_index(unusual, proven.shape)] = near
         return np.flatnonzero(~proven) if not proven.all() else _NOTHING

@@ -11,6 +11,7 @@ rounded sums", IEEE Trans. Comput. 57, 2008).
 
 import math
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,9 +74,23 @@ def round_to(values: Array, dtype: DTypeLike) -> Array:
     target = float_format(dtype).dtype
     if float_format(values.dtype, "values").dtype == np.float64:
         return round_float64(values, target)
+    if values.dtype.itemsize == 2 and values.size >= 1 << 16 and values.dtype != target:
+        return _of_every(values.dtype, target).take(values.view(np.uint16))
+    return _by_float32(values, target)
+
+
+def _by_float32(values: Array, target: np.dtype[Any]) -> Array:
+    """The three narrower formats all fit into float32, so this rounds once."""
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        # The three narrower formats all fit into float32, so this rounds once.
         return values.astype(np.float32, copy=False).astype(target)
+
+
+@cache
+def _of_every(source: np.dtype[Any], target: np.dtype[Any]) -> Array:
+    """What each number of a 16-bit format is rounded to, in the order of their bits."""
+    table = _by_float32(np.arange(1 << 16, dtype=np.uint16).view(source), target)
+    table.flags.writeable = False
+    return table
 
 
 def round_sum_to_odd(high: Float64, low: Float64) -> Float64:

@@ -274,3 +274,21 @@ def test_float32_to_odd_truncates_and_sets_the_last_bit_of_what_was_inexact():
     expected = [1.0, 1 + step, 1 + step, 1 + step, 1 + step, -1 - step, largest]
     with np.errstate(over="ignore"):
         assert _float32_to_odd(values).tolist() == expected
+
+
+@pytest.mark.parametrize("source", [np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)], ids=str)
+@pytest.mark.parametrize("target", ["f2", "f4", "f8", "bf16"])
+@pytest.mark.parametrize("count", [(1 << 16) - 1, 1 << 16, (1 << 16) + 3])
+def test_many_16_bit_numbers_are_rounded_as_each_alone(source, target, count):
+    target = np.dtype(ml_dtypes.bfloat16) if target == "bf16" else np.dtype(target)
+    numbers = np.random.default_rng(1).permutation(count).astype(np.uint16).view(source)
+    values = np.asfortranarray(numbers[: count // 3 * 3].reshape(3, -1))
+    with np.errstate(over="ignore", under="ignore", invalid="ignore"):
+        expected = values.astype(np.float32).astype(target)
+    rounded = round_to(values, target)
+    assert rounded.dtype == target
+    assert rounded.shape == values.shape
+    assert rounded.flags.writeable
+    same = rounded.view(f"u{target.itemsize}") == np.ascontiguousarray(expected).view(f"u{target.itemsize}")
+    assert (same | np.isnan(expected)).all()
+    assert np.array_equal(np.isnan(rounded), np.isnan(expected))

@@ -165,7 +165,10 @@ def serve(source: IO[bytes], sink: IO[bytes]) -> None:
                 return
             answer: Comparison | LoracleError
             try:
-                answer = compare(weight_of(weights, held.name), held.view.open())
+                array = held.view.open(soon=True)
+                if held.name in checkpoint:
+                    checkpoint.expect(held.name)
+                answer = compare(weight_of(weights, held.name), array)
             except LoracleError as error:
                 answer = error
             weights.release(held.name)
