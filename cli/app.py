@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .commands import bench, export, extract, finetune, intrinsic, merge, rank, run, serve, tasks, verify
+from .commands import (
+    bench,
+    export,
+    extract,
+    finetune,
+    intrinsic,
+    merge,
+    rank,
+    report,
+    run,
+    serve,
+    tasks,
+    verify,
+)
 
 app = typer.Typer(
     name="loracle",
@@ -27,6 +40,7 @@ app.command("bench")(bench.command)
 app.command("extract")(extract.command)
 app.command("intrinsic")(intrinsic.command)
 app.add_typer(rank.app, name="rank")
+app.command("report")(report.command)
 
 
 def _print_version(wanted: bool) -> None:

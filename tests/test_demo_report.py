@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from loracle.demo import figures
-from loracle.demo.charts import axis, loss_chart, ratio_chart, scatter_chart
+from loracle.demo.charts import loss_chart, ratio_chart, scatter_chart
 from loracle.demo.console import deployment_table, task_table
 from loracle.demo.report import DemoReport, TaskReport, first_examples, render
 from loracle.demo.scores import Comparison
 from loracle.demo.settings import TRANSLATE
 from loracle.demo.speed import DecodeSpeed
+from loracle.export.svg import axis
 from loracle.export.verification.report import Check
 
 HOSTILE = '<script>alert("1")</script>&{{7*7}}[bold]'
