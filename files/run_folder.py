@@ -4,19 +4,22 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from loracle.reference import ConfigError, FileError
 
 from .atomic import flush_folder, reported, write_atomic
+from .json_file import read_json_object
 from .lock import try_lock
 from .partial import discard, is_at, remove_abandoned
 
 _IDENTITY = "run.json"
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -144,3 +147,24 @@ class RunFolder:
                     f"{name}: expected {before!r} as in the {self._kept.run} to resume, got {value!r}; "
                     f"give the same, or remove {self.path}"
                 )
+
+
+def read_record(path: Path, what: str, from_json: Callable[[Mapping[str, Any]], T]) -> T:
+    """Return what a file in the folder records.
+
+    Args:
+        what: it is the record of, in messages.
+        from_json: makes it of the file's object; KeyError and TypeError say that it is none.
+
+    Raises:
+        FileError: it cannot be read, or is none.
+    """
+    try:
+        return from_json(read_json_object(path))
+    except (KeyError, TypeError) as error:
+        raise FileError(f"{path}: expected the record of {what}, got {error}; remove the file") from None
+
+
+def write_record(path: Path, values: Mapping[str, Any]) -> None:
+    """Write a record into the folder, whole. Raises FileError where it cannot be written."""
+    write_atomic(path, (json.dumps(values, indent=2) + "\n").encode())

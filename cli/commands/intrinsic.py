@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from loracle.reference import ConfigError
-
 from ..columns import columns
 from ..guard import one_line_errors
+from ..numbers import numbers
 from ..options import Debug, Json, Out
 from ..progress import bar
 
@@ -141,11 +139,11 @@ def command(
             test_data=test_data,
             task=cast("Any", task),  # checked there, as the other words are
             metric=cast("Metric", metric),
-            dims=None if dims is None else _numbers("--dims", dims, int),
+            dims=None if dims is None else numbers("--dims", dims, int),
             projection=cast("ProjectionName", projection),
-            lr=_numbers("--lr", lr, float),
-            full_lr=_numbers("--full-lr", full_lr, float),
-            seeds=_numbers("--seeds", seeds, int),
+            lr=numbers("--lr", lr, float),
+            full_lr=numbers("--full-lr", full_lr, float),
+            seeds=numbers("--seeds", seeds, int),
             epochs=epochs,
             max_steps=max_steps,
             batch_size=batch_size,
@@ -163,14 +161,6 @@ def command(
             typer.echo(json.dumps(result.to_json()))
         else:
             _print(result)
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Any]) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(","))
-    except ValueError:
-        what = "integers" if kind is int else "numbers"
-        raise ConfigError(f"{option}: expected {what} with commas between, got {text!r}") from None
 
 
 def _print(result: IntrinsicResult) -> None:

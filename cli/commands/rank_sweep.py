@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from loracle.reference import ConfigError
-
 from ..columns import columns
 from ..guard import one_line_errors
+from ..numbers import numbers
 from ..options import Debug, Json, Out
 from ..progress import bar
 
@@ -158,9 +157,9 @@ def command(
             eval_share=eval_share,
             task=cast("TaskName", task),  # checked there, as the schedule is
             metric=metric,
-            ranks=_integers("--ranks", ranks),
+            ranks=numbers("--ranks", ranks, int),
             targets=parse_target_sets(targets),
-            seeds=_integers("--seeds", seeds),
+            seeds=numbers("--seeds", seeds, int),
             constant_parameters=constant_parameters,
             alpha=alpha,
             scaling=scaling,
@@ -182,13 +181,6 @@ def command(
             typer.echo(json.dumps(result.to_json()))
         else:
             _print(result)
-
-
-def _integers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option}: expected integers with commas between, got {text!r}") from None
 
 
 def _print(result: RankSweepResult) -> None:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from loracle.reference import ConfigError
 
 from ..options import FinetuneOptions
+from ..options_json import options_to_json
 from ..schedule import Schedule
 from .projection import PROJECTIONS, ProjectionName
 
@@ -139,15 +140,7 @@ class IntrinsicOptions:
 
     def to_json(self) -> dict[str, Any]:
         """Return the options as JSON values; of files and folders the names alone."""
-        return {
-            name: value.name
-            if isinstance(value, Path)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-            for name, value in {**asdict(self), "model": Path(self.model).name}.items()
-            if name not in ("out", "resume")
-        }
+        return options_to_json(self, self.model)
 
     def identity(self) -> dict[str, Any]:
         """Return the options that decide what each run computes, as JSON values.

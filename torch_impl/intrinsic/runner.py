@@ -1,16 +1,12 @@
 """The runs of a measurement: made where they are not there yet, and kept as soon as they have ended."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from loracle.files import write_atomic
-from loracle.files.json_file import read_json_object
-from loracle.files.run_folder import Kept
-from loracle.reference import FileError
+from loracle.files.run_folder import Kept, read_record, write_record
 
 from ..loading import LoadedModel, load_model
 from ..tasks import Task
@@ -81,14 +77,14 @@ class Runner:
     def _record(self, run: Run) -> RunRecord:
         path = self._folder / f"run-{run.name}.json"
         if path.exists():
-            record = _read(path)
+            record = read_record(path, "a run", RunRecord.from_json)
         else:
             own = self._prepared
             loaded = load(self._options, own.task, own.splits, run.seed)
             record = make_run(
                 run, self._options, own.task, loaded, own.data, own.device, own.bf16, self._step
             )
-            write_atomic(path, (json.dumps(record.to_json(), indent=2) + "\n").encode())
+            write_record(path, record.to_json())
         if run.lr is not None:
             self._done += self._steps
             self._step(0, 0, None)
@@ -102,10 +98,3 @@ class Runner:
 def load(options: IntrinsicOptions, task: Task, splits: Splits, seed: int) -> LoadedModel:
     """Return the model as it came, float32, with the head that ``seed`` draws."""
     return load_model(options.model, bf16=False, task=task, labels=splits.labels, seed=seed)
-
-
-def _read(path: Path) -> RunRecord:
-    try:
-        return RunRecord.from_json(read_json_object(path))
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{path}: expected the record of a run, got {error}; remove the file") from None

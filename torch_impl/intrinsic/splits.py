@@ -1,6 +1,5 @@
 """Examples divided into those that are learned, those that choose, and those that are scored."""
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,6 +7,7 @@ from loracle.reference import DataError
 
 from ..data import Example, Labelled, Tagged, read_examples
 from ..labels import Labels, collect_labels
+from ..question import question_share
 from ..tasks import Task
 from .options import IntrinsicOptions
 
@@ -69,22 +69,9 @@ def split(
     """Return (train, validation, test), each in the order given."""
     sides: tuple[list[Example], list[Example], list[Example]] = ([], [], [])
     for example in examples:
-        drawn = _drawn(example)
+        drawn = question_share(example)
         sides[2 if drawn < test_share else 1 if drawn < test_share + validation_share else 0].append(example)
     return sides
-
-
-def _drawn(example: Example) -> float:
-    """Return a number in [0, 1) that is the text's own."""
-    key = "\n".join(" ".join(text.casefold().split()) for text in _texts(example))
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2.0**64
-
-
-def _texts(example: Example) -> tuple[str, ...]:
-    assert isinstance(example, Labelled | Tagged), example
-    if isinstance(example, Tagged):
-        return example.tokens
-    return example.text, example.text_pair or ""
 
 
 def _classes(example: Example) -> tuple[str | int, ...]:

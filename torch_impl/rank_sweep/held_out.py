@@ -7,7 +7,8 @@ from pathlib import Path
 
 from loracle.reference import DataError
 
-from ..data import Completion, Conversation, Example, Labelled, Tagged, read_examples
+from ..data import Example, read_examples
+from ..question import question_share
 from ..tasks import Task
 from .options import RankSweepOptions
 
@@ -64,7 +65,7 @@ def split(examples: Sequence[Example], share: float) -> tuple[list[Example], lis
     """Return (train, held out), each in the order given."""
     sides: tuple[list[Example], list[Example]] = ([], [])
     for example in examples:
-        sides[_drawn(example) < share].append(example)
+        sides[question_share(example) < share].append(example)
     return sides
 
 
@@ -74,22 +75,3 @@ def files_in(folder: Path, divided: Divided) -> tuple[Path, Path]:
     for path, content in zip(paths, (divided.train, divided.held_out), strict=True):
         path.write_bytes(content)
     return paths
-
-
-def _drawn(example: Example) -> float:
-    """Return a number in [0, 1) that is the question's own."""
-    key = "\n".join(" ".join(text.casefold().split()) for text in _asked(example))
-    return int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big") / 2.0**64
-
-
-def _asked(example: Example) -> tuple[str, ...]:
-    match example:
-        case Completion():
-            return (example.prompt,)
-        case Conversation():
-            return tuple(turn.content for turn in example.turns if turn.role != "assistant")
-        case Labelled():
-            return example.text, example.text_pair or ""
-        case Tagged():
-            return example.tokens
-    return (example.text,)

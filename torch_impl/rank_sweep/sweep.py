@@ -1,18 +1,16 @@
 """A sweep over ranks and target sets: the same model, data, seeds and budget in every cell."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from loracle.files import output_folder, write_atomic
+from loracle.files import output_folder
 from loracle.files.atomic import check_output_folder
-from loracle.files.json_file import read_json_object
 from loracle.files.partial import partial_folder
-from loracle.files.run_folder import Kept, RunFolder
-from loracle.reference import ConfigError, FileError, NonFiniteError
+from loracle.files.run_folder import Kept, RunFolder, read_record, write_record
+from loracle.reference import ConfigError, NonFiniteError
 
 from ..distributed import joined
 from ..labels import collect_labels
@@ -107,7 +105,7 @@ def _records(
     for index, cell in enumerate(cells):
         path = folder / f"cell-{cell.name}.json"
         if path.exists():
-            found[cell] = _read(path)
+            found[cell] = read_record(path, "a cell", CellRecord.from_json)
             continue
 
         def told(step: int, steps: int, loss: float | None, index: int = index) -> None:
@@ -117,7 +115,7 @@ def _records(
         with partial_folder(path) as scratch:
             files = files_in(scratch, prepared.divided)
             record = make_cell(cell, options, by_name[cell.targets], files, scratch, told)
-        write_atomic(path, (json.dumps(record.to_json(), indent=2) + "\n").encode())
+        write_record(path, record.to_json())
         found[cell] = record
     return found
 
@@ -151,10 +149,3 @@ def _result(
         seconds=sum(record.seconds for record in records.values()),
         records=list(records.values()),
     )
-
-
-def _read(path: Path) -> CellRecord:
-    try:
-        return CellRecord.from_json(read_json_object(path))
-    except (KeyError, TypeError) as error:
-        raise FileError(f"{path}: expected the record of a cell, got {error}; remove the file") from None
