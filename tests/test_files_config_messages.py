@@ -123,7 +123,7 @@ def test_a_wrong_value_is_refused_in_one_line(values: dict[str, Any], line: str)
         {"trainable_token_indices": [0, MOST]},
         {"trainable_token_indices": {"e": [2], "f": [2]}, "modules_to_save": ["g"]},
         {"layers_to_transform": 3, "target_modules": ["q"], "layers_pattern": ["h", "h"]},
-        {"layers_to_transform": (), "target_modules": {"q", "k"}},
+        {"layers_to_transform": (), "target_modules": {"q"}},
         {"target_modules": "ALL-Linear", "exclude_modules": frozenset({"head"})},
         {"target_parameters": ["w", "v"], "lora_dropout": 0.0},
         {"lora_bias": True, "init_lora_weights": False},
