@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all fuzz test-consumers consumers mutants lint bench bench-large architectures verify-table clean
+.PHONY: help demo test test-all evidence evidence-quick fuzz test-consumers consumers mutants lint bench bench-large architectures verify-table clean
 
 help:
 	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
@@ -19,6 +19,8 @@ help:
 	@echo "make lint      ruff, mypy, import contracts"
 	@echo "make bench     side-by-side measurements"
 	@echo "make bench-large  exports of models of 1.1B and 7B parameters; 30 GB of disk"
+	@echo "make evidence  the paper's claims, measured: benchmarks/results, with a page; hours, and it goes on where it was"
+	@echo "make evidence-quick  the same of small models in a few minutes, into build/evidence-quick"
 	@echo "make architectures  docs/architectures.md"
 	@echo "make verify-table   the tables of docs/verify.md; needs .venv-peers for some"
 
@@ -39,7 +41,7 @@ demo: .venv/run.stamp
 test: .venv/dev.stamp
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal -m 'not slow'
 
-test-all: .venv/dev.stamp consumers lint fuzz
+test-all: .venv/dev.stamp consumers lint fuzz evidence-quick
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal
 
 fuzz: .venv/dev.stamp
@@ -85,6 +87,12 @@ bench: .venv/dev.stamp .venv-peers/stamp
 bench-large: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.export --models 1.1b --rounds 3 --out benchmarks/results/export_1.1b.json
 	$(BIN)/python -m benchmarks.export --models 7b --rounds 1 --out benchmarks/results/export_7b.json
+
+evidence: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.evidence
+
+evidence-quick: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.evidence --quick
 
 architectures: .venv/dev.stamp
 	$(BIN)/python tests/architectures_page.py

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import pickle
+import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,20 @@ from tests.export_fixtures import make_adapter, make_model
 from tests.files_fixtures import Q0, V0, small_adapter, small_tensors, write_model
 
 Q, V = f"{Q0}.weight", f"{V0}.weight"
+
+
+@pytest.fixture(autouse=True)
+def limit() -> Iterator[None]:
+    """Who waits for an answer that never comes uses no processor time, so no other limit ends it."""
+
+    def too_long(*_: object) -> None:
+        raise TimeoutError("a comparison does not come")
+
+    before = signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 class Case:
@@ -97,18 +113,31 @@ def test_an_overflow_of_the_merge_is_the_error_that_it_is_here(tmp_path: Path, m
     assert str(got.value) == str(expected.value)
 
 
+def running(program: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
 @pytest.mark.parametrize("program", ["pass", "import sys; sys.stdin.buffer.read(1); sys.exit(3)"])
 def test_a_process_that_ends_too_soon_is_an_error(case: Case, monkeypatch: Any, program: str) -> None:
-    def started() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(
-            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
-
-    monkeypatch.setattr(module, "_started", started)
+    monkeypatch.setattr(module, "_started", lambda: running(program))
     held = [case.held(name, case.checkpoint.tensor(name)) for name in case.checkpoint.names]
     with Comparisons(case.weights, held, processes=1, large=0) as ahead:
         for one in held:
             with pytest.raises(CheckError, match=r"has ended with code [03]; is there too little memory"):
+                ahead.of(one)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_answer_that_cannot_be_read_is_not_waited_for(case: Case, monkeypatch: Any) -> None:
+    program = (
+        "import sys; sys.stdout.buffer.write(b'cno_such_module\\nname\\n.'); sys.stdout.flush(); input()"
+    )
+
+    monkeypatch.setattr(module, "_started", lambda: running(program))
+    held = [case.held(name, case.checkpoint.tensor(name)) for name in case.checkpoint.names]
+    with Comparisons(case.weights, held, processes=1, large=0) as ahead:
+        for one in held:
+            with pytest.raises(CheckError, match="no process has compared it"):
                 ahead.of(one)
 
 

@@ -94,6 +94,7 @@ class Comparisons:
         self._work: SimpleQueue[Held | None] = SimpleQueue()
         self._done = threading.Condition()
         self._found: dict[Held, Comparison | LoracleError] = {}
+        self._feeding = self._processes
 
     def __enter__(self) -> Comparisons:
         for one in self._held:
@@ -102,7 +103,7 @@ class Comparisons:
             self._work.put(None)
             process = _started()
             self._running.append(process)
-            self._threads.append(threading.Thread(target=self._feed, args=(process,), daemon=True))
+            self._threads.append(threading.Thread(target=self._serve_process, args=(process,), daemon=True))
         for thread in self._threads:
             thread.start()
         return self
@@ -121,16 +122,28 @@ class Comparisons:
         """The comparison of a weight, as soon as it is made; None where it is not made ahead.
 
         Raises:
-            LoracleError: as `compare`. CheckError: the process that made it has ended too soon.
+            LoracleError: as `compare`. CheckError: the process that made it has ended too soon, or gave what
+                cannot be read.
         """
         if held not in self._asked:
             return None
         with self._done:
-            self._done.wait_for(lambda: held in self._found)
-            found = self._found[held]
+            self._done.wait_for(lambda: held in self._found or not self._feeding)
+            found = self._found.get(held)
+        if found is None:
+            raise CheckError(f"{held.name}: no process has compared it; see the error above")
         if isinstance(found, LoracleError):
             raise found
         return found
+
+    def _serve_process(self, process: subprocess.Popen[bytes]) -> None:
+        """Feed it; whatever ends this thread, nobody waits for what it has not done."""
+        try:
+            self._feed(process)
+        finally:
+            with self._done:
+                self._feeding -= 1
+                self._done.notify_all()
 
     def _feed(self, process: subprocess.Popen[bytes]) -> None:
         """Give a process one weight after another, and take what it finds."""
