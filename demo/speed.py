@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from loracle.export import DecoderSession, Deployment
-from loracle.export.bench.intervals import median_interval
+from loracle.export.bench.intervals import bootstrap_median
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,6 @@ def measure_decode(
     result = {}
     for name in names:
         times = np.asarray(seconds[name])
-        ratio, low, high = median_interval(first / times)
+        ratio, low, high = bootstrap_median(first / times)
         result[name] = DecodeSpeed(len(tokens) / float(np.median(times)), ratio, low, high)
     return result

@@ -11,7 +11,7 @@ LEVEL = 0.95
 _RESAMPLES = 10_000
 
 
-def median_interval(
+def bootstrap_median(
     values: ArrayLike, *, resamples: int = _RESAMPLES, seed: int = 0
 ) -> tuple[float, float, float]:
     """(median, low, high): of all values, and the 95% interval of it by bootstrap.

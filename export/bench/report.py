@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import paper
-from .intervals import median_interval
+from .intervals import bootstrap_median
 from .measure import Measured
 from .methods import ABOVE, CONTROL, LABELS, MERGED
 from .models import BenchModel
@@ -30,7 +30,7 @@ def row_of(
     """
     graph = measured.graph
     values = ratios(measured.rounds)
-    ratio, low, high = median_interval(values)
+    ratio, low, high = bootstrap_median(values)
     in_paper = model.name == paper.MODEL and model.layers == model.full_layers and phase == PREFILL
     return {
         "method": method,
