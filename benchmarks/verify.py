@@ -10,9 +10,10 @@ of the shape of TinyLlama-1.1B or of Llama-2-7B in bfloat16, written here into a
 
 Outputs are not compared (`--no-outputs`): a 7B model in float64 has 54 GB. Each run is a fresh process; the
 floor, verify, and verify with a certificate, for which all files are digested, run in turn, backwards in
-every second round. The peak is of one run more: the largest sum of the resident sets of verify and of the
-processes that it starts, with the mapped pages of files, a page of several processes once for each. Every run
-must pass.
+every second round. Each begins with the files out of the page cache: a large model does not fit there, and
+what is left of it by chance would decide how long reading takes. The peak is of one run more: the largest sum
+of the resident sets of verify and of the processes that it starts, with the mapped pages of files, a page of
+several processes once for each. Every run must pass.
 
     python -m benchmarks.verify [--models 135m 1.1b 7b] [--candidates ...] [--rounds 3] [--scratch DIR]
         [--out benchmarks/results/verify.json]
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import sys
@@ -67,6 +69,17 @@ def verify_command(base: Path, adapter: Path, candidate: Path, certificate: Path
     return _loracle("verify", candidate, "--model", base, "--adapter", adapter, "--no-outputs", *written)
 
 
+def evict(*folders: Path) -> None:
+    """Have the system forget what it keeps in memory of the folders' files."""
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file()):
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # what is not yet on the disk stays
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
 def rows_of_model(model: Model, kinds: Sequence[str], rounds: int, work: Path) -> list[dict[str, Any]]:
     """Measure verify on each candidate of a model."""
     base = model.make(work / "base")
@@ -84,6 +97,7 @@ def rows_of_model(model: Model, kinds: Sequence[str], rounds: int, work: Path) -
         runs: dict[str, list[Measured]] = {name: [] for name in commands}
         for round_ in range(rounds):
             for name in list(commands)[:: 1 if round_ % 2 == 0 else -1]:
+                evict(base, candidate)
                 runs[name].append(measure(commands[name]))
                 certificate.unlink(missing_ok=True)
         nbytes = sum(path.stat().st_size for folder in (base, candidate) for path in folder.rglob("*"))
