@@ -115,6 +115,8 @@ def test_rank_alpha_and_scaling_come_from_the_patterns() -> None:
         ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, Q0, False),
         ({"target_modules": [Q0], "layers_to_transform": [1]}, Q0, True),
         ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": ["layers"]}, Q0, True),
+        ({"target_modules": ["q"], "layers_to_transform": 1, "layers_pattern": "h"}, "a.b.0.h.1.q", True),
+        ({"target_modules": ["q"], "layers_to_transform": 1}, "a.b.0.h.1.q", False),
         ({"target_modules": "attention"}, "model.layers.0.mlp.up_proj", True),
         ({"target_modules": "attention", "exclude_modules": ["v_proj"]}, V1, False),
         ({"target_modules": ["q_proj"], "modules_to_save": ["self_attn"]}, Q0, False),

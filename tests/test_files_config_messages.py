@@ -119,6 +119,7 @@ def test_a_wrong_value_is_refused_in_one_line(values: dict[str, Any], line: str)
     "values",
     [
         {"r": MOST, "rank_pattern": MappingProxyType({"q": MOST})},
+        {"r": 1, "rank_pattern": {"q": 1}},
         {"lora_alpha": -3, "lora_dropout": 0, "alpha_pattern": {"q": 0.5}},
         {"trainable_token_indices": [0, MOST]},
         {"trainable_token_indices": {"e": [2], "f": [2]}, "modules_to_save": ["g"]},
@@ -133,6 +134,18 @@ def test_a_wrong_value_is_refused_in_one_line(values: dict[str, Any], line: str)
 )
 def test_the_ends_of_what_is_allowed_are_allowed(values: dict[str, Any]) -> None:
     LoraConfig(**values)
+
+
+@pytest.mark.parametrize("name", ["layers_pattern", "target_modules"])
+@pytest.mark.parametrize("wrap", [str, lambda value: [value]], ids=["alone", "in a list"])
+def test_an_expression_that_could_take_for_ever_is_refused(name: str, wrap: Any) -> None:
+    others = {"target_modules": ["q"], "layers_to_transform": 1} if name == "layers_pattern" else {}
+    values = {**others, name: wrap("(a+)+$")}
+    if name == "target_modules" and isinstance(values[name], list):
+        LoraConfig(**values)  # names in a list are no expressions
+    else:
+        with pytest.raises(ConfigError, match="may take for ever"):
+            LoraConfig(**values)
 
 
 def test_sets_of_names_are_sorted_and_lists_keep_their_order() -> None:
