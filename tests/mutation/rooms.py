@@ -87,7 +87,7 @@ FILES = Room(
         "loralib": ["loralib"],
         "peft_keys": ["peft_keys"],
         "safetensors_file": ["safetensors"],
-        "updates": ["weights"],
+        "updates": ["updates", "weights"],
     },
 )
 
