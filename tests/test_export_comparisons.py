@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import signal
 import subprocess
@@ -87,6 +88,9 @@ def test_comparisons_are_those_made_here(case: Case) -> None:
         assert ahead.of(Held(V, held[0].view)) is None
     assert all(process.poll() is not None for process in ahead._running)
     assert len(ahead._running) == 2
+    with Comparisons(case.weights, held, processes=1, large=0) as ahead:
+        assert len(ahead._running) == 1
+        assert all(thread.daemon for thread in ahead._threads)  # they do not outlive a program that ends
 
 
 def test_few_bytes_are_not_worth_a_process(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,6 +100,9 @@ def test_few_bytes_are_not_worth_a_process(case: Case, monkeypatch: pytest.Monke
         with Comparisons(case.weights, [held], large=large) as ahead:
             assert ahead.of(held) is None
             assert not ahead._running
+    monkeypatch.setattr(module, "_OWN_BYTES", held.view.nbytes)
+    with Comparisons(case.weights, [held], large=held.view.nbytes) as ahead:
+        assert len(ahead._running) == 1
 
 
 def test_an_overflow_of_the_merge_is_the_error_that_it_is_here(tmp_path: Path, monkeypatch: Any) -> None:
@@ -169,6 +176,73 @@ def test_a_process_answers_each_in_turn_until_there_are_no_more(case: Case) -> N
     sink.seek(0)
     expected = compare(weight_of(case.weights, Q), held.view.open())
     assert sink.read() == pickle.dumps(expected) * 2
+
+
+def test_a_process_reads_ahead_in_one_thread_and_expects_what_it_reads(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened, threads, expected = [], [], []
+    open_view, expect = MappedView.open, Checkpoint.expect
+
+    class Recorded(MergedWeights):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            threads.append(options["threads"])
+            super().__init__(*arguments, **options)
+
+    monkeypatch.setattr(module, "MergedWeights", Recorded)
+    monkeypatch.setattr(
+        MappedView, "open", lambda view, *, soon=False: opened.append(soon) or open_view(view, soon=soon)
+    )
+    monkeypatch.setattr(
+        Checkpoint, "expect", lambda own, name, *rest: expected.append(name) or expect(own, name, *rest)
+    )
+    source = io.BytesIO()
+    for value in (Setup(case.checkpoint.dir, case.weights.adapter), case.held(Q, case.weights.tensor(Q))):
+        pickle.dump(value, source)
+    source.seek(0)
+    serve(source, io.BytesIO())
+    assert (opened, threads, expected) == ([True], [1], [Q])
+
+
+def test_a_process_answers_with_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = small_tensors()
+    tensors[Q] = np.full_like(tensors[Q], 1e30)
+    checkpoint = Checkpoint(write_model(tmp_path / "large", [tensors]))
+    held = Case(tmp_path).held(Q, np.ones(tensors[Q].shape, np.float16))
+    source, sink = io.BytesIO(), io.BytesIO()
+    for value in (Setup(checkpoint.dir, small_adapter()), held):
+        pickle.dump(value, source)
+    source.seek(0)
+    serve(source, sink)
+    answer = pickle.loads(sink.getvalue())  # noqa: S301
+    assert isinstance(answer, NonFiniteError)
+    assert Q in str(answer)
+
+
+def test_a_process_is_started_in_a_group_of_its_own_with_the_modules_of_this_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    started: list[tuple[Any, dict[str, Any]]] = []
+    monkeypatch.setattr(
+        module.subprocess, "Popen", lambda *given, **options: started.append((given, options))
+    )
+    monkeypatch.setattr(sys, "path", ["/here", "", "/there"])
+    module._started()
+    (((command,), options),) = started
+    assert command == [sys.executable, "-m", "loracle.export.verification.compare_process"]
+    assert options["process_group"] == 0
+    assert options["env"] == {**os.environ, "PYTHONPATH": f"/here{os.pathsep}/there"}
+
+
+def test_what_a_process_that_has_ended_is_sent_is_the_error() -> None:
+    class Closed(io.BytesIO):
+        def write(self, data: Any) -> int:
+            raise BrokenPipeError
+
+    with running("import sys; sys.exit(7)") as process:
+        error = module._sent(process, Closed(), "value")
+    assert error is not None
+    assert "has ended with code 7" in str(error)
 
 
 @pytest.mark.parametrize("kind", ["export", pytest.param("foreign", marks=pytest.mark.slow), "checkpoint"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import onnx_ir as ir
@@ -242,3 +242,125 @@ def test_one_experts_weight_that_differs_is_said_with_its_first_entry(
     assert found.witness is not None
     assert (found.witness.index, found.witness.expected, found.witness.got) == ((1, 2), 0.5, 0.25)
     assert found.detail == note.removeprefix("; ")
+
+
+class Source:
+    """A mixture's weights, each expert one of them."""
+
+    merged_names = ("expert 1",)
+
+    def tensor(self, name: str, dtype: Any) -> Any:
+        return self.base_tensor(name, dtype) * (2 if name in self.merged_names else 1)
+
+    def base_tensor(self, name: str, dtype: Any) -> Any:
+        return np.full((2, 3), {"expert 1": 1.5, "expert 2": 3.0}[name], dtype)
+
+
+class Named:
+    names = ("w",)
+
+
+class Found:
+    found: ClassVar = {"one": "expert 1", "two": "expert 2", "w": "w", "copy": "w"}
+    source = Source()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "verdict"),
+    [
+        ("one", 3.0, Verdict.EXACT),
+        ("one", 1.5, Verdict.MISSING),
+        ("one", 4.0, Verdict.UNEXPLAINED),
+        ("two", 3.0, Verdict.UNTOUCHED),
+        ("two", 4.0, Verdict.CHANGED),
+    ],
+)
+def test_the_weight_of_an_expert_is_compared(name: str, value: float, verdict: Verdict) -> None:
+    half = np.dtype(np.float16)
+    held = np.full((2, 3), 3.0, half)
+    held[1, 2] = value
+    if verdict is Verdict.MISSING:
+        held[:] = value
+    given: Any = (name, held, None, half, Found(), Named(), None)
+    said = module._judged(*given)
+    right = verdict in (Verdict.EXACT, Verdict.UNTOUCHED)
+    assert (said.name, said.verdict, said.passed, said.entries) == (name, verdict, right, 6)
+    assert said.merged == (name == "one")
+    assert said.unequal == (0 if right else 6 if verdict is Verdict.MISSING else 1)
+    if not right:
+        assert said.witness is not None
+        assert (said.witness.expected, said.witness.got) == (3.0, value)
+
+
+@pytest.mark.parametrize(("name", "place"), [("w", ""), ("copy", "w")])
+def test_a_weight_is_judged_and_its_place_said_where_it_has_another_name(name: str, place: str) -> None:
+    given = []
+
+    class Judge:
+        def judge(self, *arguments: Any) -> WeightVerdict:
+            given.append(arguments)
+            return WeightVerdict("w", Verdict.EXACT, True, merged=True, entries=6)
+
+    held, view = np.zeros((2, 3)), object()
+    arguments: Any = (name, held, view, held.dtype, Found(), Named(), Judge())
+    said = module._judged(*arguments)
+    assert (said.name, said.place, said.entries) == (name, place, 6)
+    assert given == [("w", held, name, view)]
+
+
+def test_where_weights_are_mapped_is_where_they_lie(case: Case) -> None:
+    tensors = module.BoundTensors([case.template], case.weights)
+    for initializer in case.template.unbound:
+        views = module._views(initializer, case.candidate, tensors)
+        parts = dict(module._parts(initializer, case.candidate, tensors))
+        assert views.keys() == parts.keys()
+        for name, view in views.items():
+            assert view is not None
+            assert np.array_equal(view.open(), parts[name])
+    case.candidate = replace(case.candidate, weights={NORM: np.zeros(3)})
+    assert module._views(NORM, case.candidate, tensors) == {}
+    case.candidate = replace(case.candidate, weights={})
+    case.candidate.models[GRAPH_FILE].graph.initializers[NORM].const_value = None
+    assert module._views(NORM, case.candidate, tensors) == {}
+
+
+def test_every_weight_is_compared_ahead_once_and_what_was_read_is_given_back(
+    case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[str] = []
+    asked: list[str] = []
+    released: list[tuple[str, str]] = []
+
+    class Ahead:
+        def __init__(self, weights: Any, held: Any) -> None:
+            assert weights is case.weights
+            offered.extend(one.name for one in held)
+
+        def __enter__(self) -> Ahead:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            return None
+
+        def of(self, held: Any) -> None:
+            asked.append(held.name)
+
+    monkeypatch.setattr(module, "Comparisons", Ahead)
+    for kind in (Candidate, module.BoundTensors):
+        monkeypatch.setattr(kind, "release", lambda own, name: released.append((type(own).__name__, name)))
+    found = case.judged()
+    assert found.check.passed
+    assert sorted(offered) == sorted(asked) == sorted(said.name for said in found.weights)
+    for kind in (Candidate, module.BoundTensors):
+        own = [name for holder, name in released if holder == kind.__name__]
+        assert sorted(set(own)) == sorted(case.template.unbound)
+
+
+def test_of_many_failures_the_first_are_named_and_the_rest_counted(case: Case) -> None:
+    wrong = sorted(case.template.unbound)
+    for name in wrong:
+        case.put(name, lambda array: array.astype(np.float16))
+    found = case.judged().check
+    assert not found.passed
+    assert len(found.failures) < len(wrong)
+    assert found.failures[-1] == f"and {len(wrong) - len(found.failures) + 1} more tensors"
