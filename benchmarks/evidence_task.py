@@ -78,7 +78,7 @@ def run(folder: Path, data: Path, *, quick: bool) -> None:
         done = subprocess.run(
             [sys.executable, "-m", "loracle.cli", *words],
             cwd=folder,
-            stdout=None if result is None or result == RESULTS[1] else subprocess.PIPE,
+            stdout=None if result is None else subprocess.PIPE,
             check=True,
         )
         if done.stdout is not None and result is not None:
