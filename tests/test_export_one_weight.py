@@ -1,6 +1,8 @@
 """One weight, row by row: the merge, the base's rows and the bound, however an adapter changes it."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -8,7 +10,7 @@ import pytest
 
 from loracle.export.verification.one_weight import FLOAT64, coarser, row_blocks, weight_of
 from loracle.files import Adapter, Checkpoint, MergedWeights
-from loracle.files.updates import conversion_bound
+from loracle.files.updates import Linear, conversion_bound
 from loracle.reference import DTypeError, LowRank, NonFiniteError, Precision, merge_bound, round_to
 from tests.files_fixtures import Q0, random_array, small_adapter, small_tensors, write_model
 
@@ -143,3 +145,43 @@ def test_the_coarser_dtype_has_the_larger_spacing() -> None:
     for place, one in enumerate(order):
         for other in order[place:]:
             assert coarser(one, other) == coarser(other, one) == other
+
+
+@pytest.mark.parametrize("name", [f"{Q0}.weight", NORM, "model.embed_tokens.weight"])
+@pytest.mark.parametrize(("start", "stop"), [(0, 6), (2, 5)])
+def test_differences_are_where_bits_are_others(
+    weights: MergedWeights, name: str, start: int, stop: int
+) -> None:
+    weight = weight_of(weights, name)
+    right = np.array(weight.rows(start, stop, FLOAT16))
+    assert not weight.differences(start, right).places.size
+    held, flat = right.copy(), right.reshape(-1)
+    held.reshape(-1)[[1, -1]] += 1
+    found = weight.differences(start, held)
+    assert found.places.tolist() == [1, flat.size - 1]
+    assert found.expected.tolist() == [flat[1], flat[-1]]
+    large = replace(weight, start=np.full_like(weight.start, 1e30))
+    with pytest.raises(NonFiniteError, match=name):
+        large.differences(start, right)
+
+
+def test_work_is_divided_among_the_threads_that_were_asked_for(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "base")
+    weights = MergedWeights(Checkpoint(folder), small_adapter(), threads=3)
+    weight = weight_of(weights, f"{Q0}.weight")
+    assert weight.threads == 3
+    given: list[Any] = []
+
+    class Recorded(Linear):
+        def rows(self, *arguments: Any) -> Any:
+            given.append(arguments[-2:])
+            return super().rows(*arguments)
+
+        def differences(self, *arguments: Any) -> Any:
+            given.append(arguments[-2:])
+            return super().differences(*arguments)
+
+    assert isinstance(weight.update, Linear)
+    own = replace(weight, update=Recorded(weight.update.pair, weight.update.turned))
+    own.differences(0, own.rows(0, 4, FLOAT16))
+    assert given == [(3, weight.name)] * 2

@@ -112,7 +112,7 @@ VERIFICATION = Room(
         "exported_candidate": ["exported_candidate"],
         "foreign_candidate": ["foreign_candidate"],
         "input_files": ["digests"],
-        "judge": ["judge", "judge_words"],
+        "judge": ["judge", "judge_ahead", "judge_words"],
         "matching_steps": ["matching_parts", "weight_matching"],
         "memory": ["memory"],
         "one_weight": ["one_weight"],
