@@ -8,7 +8,7 @@ of steps; learning rates are chosen on a split of their own. A run that is ended
         [--out benchmarks/results]
 
 It writes OUT/intrinsic.json and OUT/intrinsic.png; with `--projection said` OUT/intrinsic_said.json and .png.
-On two cores two to three hours; `--quick` is one seed of a small budget, in five minutes, and writes to the
+On two cores two to three hours; `--quick` is one seed and ten steps, to see that it runs, and writes to the
 working folder where no OUT is given.
 """
 
@@ -27,7 +27,7 @@ from loracle.demo import minilm
 from loracle.files import write_atomic
 from loracle.torch_impl.intrinsic import IntrinsicOptions, IntrinsicResult, measure_intrinsic_dimension
 
-from .evidence_data import ClassificationFiles, classification_files
+from .evidence_data import LIBRARIES, ClassificationFiles, classification_files
 from .tables import plain_table
 
 DIMS = (10, 100, 1_000, 3_000, 10_000, 30_000, 100_000)
@@ -46,8 +46,8 @@ def options_of(
         "epochs": 5.0,
     }
     if quick:
-        budget |= {"dims": (100, 1_000, 10_000), "lr": RATES[1:], "full_lr": (3e-4,)}
-        budget |= {"seeds": (0,), "max_steps": 30}
+        budget |= {"dims": (100, 1_000), "lr": RATES[1:], "full_lr": (3e-4,)}
+        budget |= {"seeds": (0,), "max_steps": 10}
     return IntrinsicOptions(
         model=str(model),
         data=files.train,
@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = "intrinsic_said" if arguments.projection == "said" else "intrinsic"
     made = arguments.work / (f"{name}_quick" if arguments.quick else name)
     model = minilm.model_folder(progress=say)
-    files = classification_files(arguments.work / "data")
+    # Dividing all texts takes most of a minute.
+    libraries, data = (LIBRARIES[1:3], "quick-data") if arguments.quick else (LIBRARIES, "data")
+    files = classification_files(arguments.work / data, libraries=libraries)
     say(f"{files.train_rows} rows to train on and {files.test_rows} to score, {files.origin}")
     shutil.rmtree(made, ignore_errors=True)
     options = options_of(files, model, made, projection=arguments.projection, quick=arguments.quick)
