@@ -73,11 +73,11 @@ def test_a_switch_is_the_median_of_opening_the_task_s_decoder(
     assert opened == [(("french", 16), reused) for reused in (None, 1, 2, 3)]
 
 
-def test_median_interval_encloses_the_median_and_narrows() -> None:
+def test_the_bootstrap_interval_encloses_the_median_and_narrows() -> None:
     rng = np.random.default_rng(0)
-    wide = speed.median_interval(rng.normal(1.0, 0.1, 10))
-    narrow = speed.median_interval(rng.normal(1.0, 0.1, 1000))
+    wide = speed.bootstrap_median(rng.normal(1.0, 0.1, 10))
+    narrow = speed.bootstrap_median(rng.normal(1.0, 0.1, 1000))
     for value, low, high in (wide, narrow):
         assert low <= value <= high
     assert narrow[2] - narrow[1] < wide[2] - wide[1]
-    assert speed.median_interval(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)
+    assert speed.bootstrap_median(np.array([2.0, 2.0, 2.0])) == (2.0, 2.0, 2.0)

@@ -58,9 +58,20 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def command(models: Path, out: Path) -> list[str]:
+_HELD = """
+import os, time
+from loracle.cli import main
+sync, sleeps = os.fsync, iter([{}])
+os.fsync = lambda descriptor: (time.sleep(next(sleeps, 0)), sync(descriptor))[1]
+main()
+"""
+
+
+def command(models: Path, out: Path, *, held: int = 0) -> list[str]:
+    """The command of an export, which sleeps for `held` seconds where it first waits for the disk."""
     arguments = ["--model", str(models / "base"), "--adapter", str(models / "adapter"), "--out", str(out)]
-    return [sys.executable, "-m", "loracle.cli", "export", *arguments]
+    program = ["-c", _HELD.format(held)] if held else ["-m", "loracle.cli"]
+    return [sys.executable, *program, "export", *arguments]
 
 
 @contextmanager
@@ -81,7 +92,7 @@ def refusal(arguments: list[str]) -> str:
 
 
 def test_ctrl_c_ends_a_command_with_130_and_leaves_nothing(tmp_path: Path, large: Path) -> None:
-    with started(command(large, tmp_path / "out")) as process:
+    with started(command(large, tmp_path / "out", held=60)) as process:
         wait_for(lambda: bool(partials(tmp_path)))
         process.send_signal(signal.SIGINT)
         _, error = process.communicate()
@@ -93,7 +104,7 @@ def test_what_a_living_process_writes_is_left_alone_and_the_first_to_end_wins(
     tmp_path: Path, large: Path
 ) -> None:
     out, whole = tmp_path / "out", content(large / "whole")
-    with started(command(large, out)) as first:
+    with started(command(large, out, held=5)) as first:
         wait_for(lambda: bool(partials(tmp_path)))
         first.send_signal(signal.SIGSTOP)
         stopped = partials(tmp_path)
