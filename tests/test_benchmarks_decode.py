@@ -246,6 +246,7 @@ def test_the_aims_allow_what_the_control_shows() -> None:
     assert held(1.03) == dict.fromkeys(strict, True)
 
 
+@pytest.mark.slow
 def test_the_result_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "decode.json"
     decode.main(["--quick", "--threads", "1", "--ways", BASE, CONTROL, "--out", str(out)])

@@ -111,6 +111,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp("tasks") / "base")
 
 
+@pytest.mark.slow
 def test_a_process_answers_with_the_task_that_it_is_asked_for(base: Path, tmp_path: Path) -> None:
     texts = {}
     for seed, name in enumerate(("a", "b"), 1):

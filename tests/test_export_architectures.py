@@ -9,7 +9,13 @@ from architecture_runs import EXPORTED, run
 from architectures_page import rows
 
 
-@pytest.mark.parametrize("name", EXPORTED)
+SLOW = {"gptj", "bloom", "gpt_neox", "phi3", "qwen2_moe", "opt"}
+"""Kinds of attention, position and mixture that others of every run have too, and that take longest."""
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in SLOW)) for name in EXPORTED]
+)
 def test_the_merged_model_answers_within_the_bound_of_the_unmerged(name: str, tmp_path: Path) -> None:
     """Prefill with padding on either side, then cached steps, where there is a cache. Catches a layer that is
     not merged, a wrong scale, window, cap, rotation, position, mask or norm."""

@@ -414,8 +414,8 @@ def test_a_nonfinite_weight_far_inside_is_found_in_row_order():
     ("shape", "r", "dtype", "threads"),
     [
         ((3000, 4000), 2, F32, 8),
-        ((24_000_000, 1), 1, F16, 2),
-        ((1, 24_000_000), 1, F32, 2),
+        pytest.param((24_000_000, 1), 1, F16, 2, marks=pytest.mark.slow),
+        pytest.param((1, 24_000_000), 1, F32, 2, marks=pytest.mark.slow),
         ((64, 2000), 16384, F32, 8),
     ],
     ids=str,
