@@ -8,7 +8,6 @@ import pytest
 from architecture_runs import EXPORTED, run
 from architectures_page import rows
 
-
 SLOW = {"gptj", "bloom", "gpt_neox", "phi3", "qwen2_moe", "opt"}
 """Kinds of attention, position and mixture that others of every run have too, and that take longest."""
 
