@@ -10,6 +10,6 @@ def printable(text: str) -> str:
     half a character. Spaces other than the plain one count as not printed.
     """
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
+        character if character.isprintable() else ascii(character)[1:-1]
         for character in text
     )
