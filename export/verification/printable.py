@@ -9,7 +9,4 @@ def printable(text: str) -> str:
     Names of tensors may hold anything: what moves a terminal's cursor, what turns the direction of writing,
     half a character. Spaces other than the plain one count as not printed.
     """
-    return "".join(
-        character if character.isprintable() else ascii(character)[1:-1]
-        for character in text
-    )
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in text)
