@@ -59,8 +59,9 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 _HELD = """
-import os, time
+import os, signal, time
 from loracle.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sync, sleeps = os.fsync, iter([{}])
 os.fsync = lambda descriptor: (time.sleep(next(sleeps, 0)), sync(descriptor))[1]
 main()
@@ -68,7 +69,10 @@ main()
 
 
 def command(models: Path, out: Path, *, held: int = 0) -> list[str]:
-    """The command of an export, which sleeps for `held` seconds where it first waits for the disk."""
+    """The command of an export, which sleeps for `held` seconds where it first waits for the disk.
+
+    It heeds SIGINT also where these tests run in a shell's background, whose programs ignore it.
+    """
     arguments = ["--model", str(models / "base"), "--adapter", str(models / "adapter"), "--out", str(out)]
     program = ["-c", _HELD.format(held)] if held else ["-m", "loracle.cli"]
     return [sys.executable, *program, "export", *arguments]
