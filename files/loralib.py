@@ -76,7 +76,7 @@ def adapter_from_loralib(
             made[path] = (*_convolution(path, A, B, r), "convolution")
         else:
             made[path] = (A, B, "embedding" if matches(path, embeddings) else "linear")
-    widths = {path: len(A) // r for path, (A, _, _) in made.items() if len(A) != r and len(A) % r == 0}
+    widths = {path: len(A) // r for path, (A, _, _) in made.items() if len(A) > r and len(A) % r == 0}
     tensors = {_bias_name(name, convolutions): array for name, array in biases.items()}
     config = LoraConfig(
         r=r,

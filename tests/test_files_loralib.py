@@ -204,3 +204,9 @@ def test_what_is_not_loralib_s_is_refused_by_name(
         adapter_from_loralib(state, **{"r": R, "lora_alpha": ALPHA, **options})
     assert type(caught.value) is error
     assert "\n" not in str(caught.value)
+
+
+def test_factors_without_rows_are_refused() -> None:
+    state = {"h.lora_A": np.zeros((0, 3), np.float32), "h.lora_B": np.zeros((4, 0), np.float32)}
+    with pytest.raises(LoracleError, match="h"):
+        adapter_from_loralib(state, r=2, lora_alpha=4)
