@@ -73,3 +73,12 @@ def classification_files(
     versions = ", ".join(f"{name} {version}" for name, version in package_versions(libraries).items())
     rows_of = [count * len(libraries) for count in counts]
     return ClassificationFiles(*paths, *rows_of, tuple(libraries), f"docstrings of {versions}")
+
+
+def files_in(work: Path, *, quick: bool) -> ClassificationFiles:
+    """The task's files in a working folder.
+
+    Those of a quick run are of two libraries: dividing all texts takes most of a minute.
+    """
+    folder, libraries = ("quick-data", LIBRARIES[1:3]) if quick else ("data", LIBRARIES)
+    return classification_files(work / folder, libraries=libraries)

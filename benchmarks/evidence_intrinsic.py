@@ -24,10 +24,10 @@ from rich.console import Console
 
 from loracle.cli.progress import training_bar
 from loracle.demo import minilm
-from loracle.files import write_atomic
 from loracle.torch_impl.intrinsic import IntrinsicOptions, IntrinsicResult, measure_intrinsic_dimension
 
-from .evidence_data import LIBRARIES, ClassificationFiles, classification_files
+from .evidence_data import ClassificationFiles, files_in
+from .evidence_options import keep, parsed, parser_of
 from .tables import plain_table
 
 DIMS = (10, 100, 1_000, 3_000, 10_000, 30_000, 100_000)
@@ -80,17 +80,9 @@ def table_of(result: IntrinsicResult) -> Any:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one seed, few steps")
+    parser = parser_of(__doc__, "one seed, few steps")
     parser.add_argument("--projection", choices=("auto", "said"), default="auto")
-    parser.add_argument("--work", type=Path, default=Path("build/evidence"), help="data and finished runs")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
-    if arguments.out is None:
-        arguments.out = arguments.work if arguments.quick else Path("benchmarks/results")
-    return arguments
+    return parsed(parser, argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -99,17 +91,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = "intrinsic_said" if arguments.projection == "said" else "intrinsic"
     made = arguments.work / (f"{name}_quick" if arguments.quick else name)
     model = minilm.model_folder(progress=say)
-    # Dividing all texts takes most of a minute.
-    libraries, data = (LIBRARIES[1:3], "quick-data") if arguments.quick else (LIBRARIES, "data")
-    files = classification_files(arguments.work / data, libraries=libraries)
+    files = files_in(arguments.work, quick=arguments.quick)
     say(f"{files.train_rows} rows to train on and {files.test_rows} to score, {files.origin}")
     shutil.rmtree(made, ignore_errors=True)
     options = options_of(files, model, made, projection=arguments.projection, quick=arguments.quick)
     with training_bar() as advance:
         result = measure_intrinsic_dimension(options, advance)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for suffix in (".json", ".png"):
-        write_atomic(arguments.out / f"{name}{suffix}", (made / f"intrinsic{suffix}").read_bytes())
+    keep(arguments.out, {f"{name}{suffix}": made / f"intrinsic{suffix}" for suffix in (".json", ".png")})
     Console(width=120).print(table_of(result))
 
 

@@ -31,7 +31,8 @@ from loracle.demo.tasks import build_tasks
 from loracle.files import write_atomic
 from loracle.torch_impl.rank_sweep import RankSweepOptions, RankSweepResult, sweep_ranks
 
-from .evidence_data import LIBRARIES, classification_files
+from .evidence_data import files_in
+from .evidence_options import keep, parsed, parser_of
 from .tables import plain_table
 
 RANKS = (1, 2, 4, 8, 64)
@@ -78,9 +79,7 @@ def subjects(work: Path, only: Sequence[str], say: Any, *, quick: bool) -> list[
                 }
                 found.append(Subject(task.name, model, of_task.train, of_task.heldout, settings))
     if CLASSIFIER in only:
-        # Dividing all texts takes most of a minute.
-        libraries = LIBRARIES[1:3] if quick else LIBRARIES
-        data = classification_files(work / ("quick-data" if quick else "data"), libraries=libraries)
+        data = files_in(work, quick=quick)
         settings = {"task": "sequence-classification", "max_steps": 300, "lr": 2e-3, "batch_size": 32}
         found.append(
             Subject(
@@ -150,21 +149,14 @@ def table_of(name: str, result: RankSweepResult) -> Any:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a corner of the tables, two steps a cell")
+    parser = parser_of(__doc__, "a corner of the tables, two steps a cell")
     parser.add_argument("--only", choices=NAMES, action="append", help="may be repeated; all by default")
     parser.add_argument("--steps", type=int, help="of each cell")
     parser.add_argument("--seeds", default="0", help="commas between")
     parser.add_argument("--constant-parameters", action="store_true", help="as many as q has in each column")
-    parser.add_argument("--work", type=Path, default=Path("build/evidence"), help="data and finished cells")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv)
     arguments.seeds = tuple(int(seed) for seed in arguments.seeds.split(","))
     arguments.only = arguments.only or list(NAMES)
-    if arguments.out is None:
-        arguments.out = arguments.work if arguments.quick else Path("benchmarks/results")
     return arguments
 
 
@@ -186,9 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
         with training_bar() as advance:
             result = sweep_ranks(options, advance)
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        for suffix in (".json", ".png"):
-            write_atomic(arguments.out / f"{name}{suffix}", (made / f"rank{suffix}").read_bytes())
+        keep(arguments.out, {f"{name}{suffix}": made / f"rank{suffix}" for suffix in (".json", ".png")})
         Console(width=120).print(table_of(subject.name, result))
 
 

@@ -26,6 +26,8 @@ from loracle.demo.settings import TRANSLATE
 from loracle.demo.tasks import build_tasks
 from loracle.files import write_atomic
 
+from .evidence_options import keep, parsed, parser_of
+
 RESULTS = ("rank_analysis.json", "certificate.json", "extract.json")
 _QUICK_TARGETS = tuple(
     f"layers.{layer}.self_attn.{name}" for layer in (0, 29) for name in ("q_proj", "v_proj")
@@ -86,16 +88,7 @@ def run(folder: Path, data: Path, *, quick: bool) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two steps, four weights")
-    parser.add_argument("--work", type=Path, default=Path("build/evidence"), help="data, adapters and models")
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
-    if arguments.out is None:
-        arguments.out = arguments.work if arguments.quick else Path("benchmarks/results")
-    return arguments
+    return parsed(parser_of(__doc__, "two steps, four weights"), argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -109,9 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     # Results name their inputs as they were given.
     (folder / smollm2.FOLDER).symlink_to(model.resolve(), target_is_directory=True)
     run(folder, data, quick=arguments.quick)
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    for name in RESULTS:
-        write_atomic(arguments.out / name, (folder / name).read_bytes())
+    keep(arguments.out, {name: folder / name for name in RESULTS})
 
 
 if __name__ == "__main__":
