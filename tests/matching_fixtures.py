@@ -11,7 +11,7 @@ import onnx_ir as ir
 
 from loracle.export.external import load_graph
 from loracle.export.verification.graph_tensors import held_tensors
-from loracle.export.verification.weight_matching import Match
+from loracle.export.verification.weight_matching import Match, Matches
 
 Array = np.ndarray[Any, Any]
 
@@ -99,6 +99,19 @@ class Chain:
     @property
     def graph(self) -> ir.Graph:
         return self.model().graph
+
+
+def products(arrays: Mapping[str, Array], operator: str = "MatMul", **attributes: Any) -> Chain:
+    """A product with each array in turn, under its name."""
+    chain = Chain()
+    for name, array in arrays.items():
+        chain.then(operator, name, array, **attributes)
+    return chain
+
+
+def places(matches: Matches) -> dict[str, list[tuple[str, str]]]:
+    """Weight -> (initializer in words, how)."""
+    return {name: [(str(match), match.how) for match in found] for name, found in matches.found.items()}
 
 
 def written(model: ir.Model, folder: Path) -> ir.Model:

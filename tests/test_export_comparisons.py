@@ -61,6 +61,19 @@ class Case:
         return Held(name, view)
 
 
+def overflowing(case: Case) -> tuple[Checkpoint, Held]:
+    """A base whose merge overflows the dtype in which somebody holds a weight."""
+    tensors = small_tensors()
+    tensors[Q] = np.full_like(tensors[Q], 1e30)
+    checkpoint = Checkpoint(write_model(case.folder / "large", [tensors]))
+    return checkpoint, case.held(Q, np.ones(tensors[Q].shape, np.float16))
+
+
+def sent(*values: object) -> io.BytesIO:
+    """What a process reads that is sent the values."""
+    return io.BytesIO(b"".join(map(pickle.dumps, values)))
+
+
 @pytest.fixture
 def case(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Case:
     monkeypatch.setattr(module, "_OWN_BYTES", 0)
@@ -107,12 +120,8 @@ def test_few_bytes_are_not_worth_a_process(case: Case, monkeypatch: pytest.Monke
 
 def test_an_overflow_of_the_merge_is_the_error_that_it_is_here(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(module, "_OWN_BYTES", 0)
-    case = Case(tmp_path)
-    tensors = small_tensors()
-    tensors[Q] = np.full_like(tensors[Q], 1e30)
-    checkpoint = Checkpoint(write_model(tmp_path / "large", [tensors]))
+    checkpoint, held = overflowing(Case(tmp_path))
     weights = MergedWeights(checkpoint, small_adapter())
-    held = case.held(Q, np.ones(tensors[Q].shape, np.float16))
     with pytest.raises(NonFiniteError) as expected:
         compare(weight_of(weights, Q), held.view.open())
     with Comparisons(weights, [held], large=0) as ahead, pytest.raises(NonFiniteError) as got:
@@ -168,14 +177,10 @@ def test_only_mapped_weights_of_the_right_shape_are_compared_ahead(case: Case) -
 
 def test_a_process_answers_each_in_turn_until_there_are_no_more(case: Case) -> None:
     held = case.held(Q, case.weights.tensor(Q))
-    source, sink = io.BytesIO(), io.BytesIO()
-    for value in (Setup(case.checkpoint.dir, case.weights.adapter), held, held):
-        pickle.dump(value, source)
-    source.seek(0)
-    serve(source, sink)
-    sink.seek(0)
+    sink = io.BytesIO()
+    serve(sent(Setup(case.checkpoint.dir, case.weights.adapter), held, held), sink)
     expected = compare(weight_of(case.weights, Q), held.view.open())
-    assert sink.read() == pickle.dumps(expected) * 2
+    assert sink.getvalue() == pickle.dumps(expected) * 2
 
 
 def test_a_process_reads_ahead_in_one_thread_and_expects_what_it_reads(
@@ -196,24 +201,15 @@ def test_a_process_reads_ahead_in_one_thread_and_expects_what_it_reads(
     monkeypatch.setattr(
         Checkpoint, "expect", lambda own, name, *rest: expected.append(name) or expect(own, name, *rest)
     )
-    source = io.BytesIO()
-    for value in (Setup(case.checkpoint.dir, case.weights.adapter), case.held(Q, case.weights.tensor(Q))):
-        pickle.dump(value, source)
-    source.seek(0)
-    serve(source, io.BytesIO())
+    held = case.held(Q, case.weights.tensor(Q))
+    serve(sent(Setup(case.checkpoint.dir, case.weights.adapter), held), io.BytesIO())
     assert (opened, threads, expected) == ([True], [1], [Q])
 
 
 def test_a_process_answers_with_the_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = small_tensors()
-    tensors[Q] = np.full_like(tensors[Q], 1e30)
-    checkpoint = Checkpoint(write_model(tmp_path / "large", [tensors]))
-    held = Case(tmp_path).held(Q, np.ones(tensors[Q].shape, np.float16))
-    source, sink = io.BytesIO(), io.BytesIO()
-    for value in (Setup(checkpoint.dir, small_adapter()), held):
-        pickle.dump(value, source)
-    source.seek(0)
-    serve(source, sink)
+    checkpoint, held = overflowing(Case(tmp_path))
+    sink = io.BytesIO()
+    serve(sent(Setup(checkpoint.dir, small_adapter()), held), sink)
     answer = pickle.loads(sink.getvalue())  # noqa: S301
     assert isinstance(answer, NonFiniteError)
     assert Q in str(answer)

@@ -7,11 +7,11 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from matching_fixtures import Chain, Weights, matrices
+from matching_fixtures import Chain, Weights, matrices, places, products
 
 from loracle.export.verification.content_signature import as_signature, sampled, similarity
 from loracle.export.verification.quantized_tensors import code_holders, quantized_shapes
-from loracle.export.verification.weight_matching import Matches, match_weights
+from loracle.export.verification.weight_matching import match_weights
 from loracle.export.verification.weight_signatures import array_groups, natural_order, weight_groups
 
 Array = np.ndarray[Any, Any]
@@ -27,17 +27,6 @@ def fresh() -> None:
 
 def weights_of(shape: tuple[int, ...] = (24, 16)) -> dict[str, Array]:
     return dict(zip(NAMES, matrices(len(NAMES), shape), strict=True))
-
-
-def products(arrays: dict[str, Array]) -> Chain:
-    chain = Chain()
-    for name, array in arrays.items():
-        chain.then("MatMul", name, array)
-    return chain
-
-
-def places(matches: Matches) -> dict[str, list[tuple[str, str]]]:
-    return {name: [(str(match), match.how) for match in found] for name, found in matches.found.items()}
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(24, 24), (25, 23), (4096, 150_001), (1, 5000)])

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
-from matching_fixtures import Chain, Weights, matrices, seen, written
+from matching_fixtures import Chain, Weights, matrices, places, products, seen, written
 
 from loracle.export.verification.weight_matching import Match, Matches, match_weights
 from loracle.reference import FileError
@@ -25,22 +25,9 @@ def layers(shape: tuple[int, ...] = (24, 16)) -> dict[str, Array]:
     return dict(zip(NAMES, matrices(LAYERS, shape), strict=True))
 
 
-def places(matches: Matches) -> dict[str, list[tuple[str, str]]]:
-    """Weight -> (initializer in words, how)."""
-    return {name: [(str(match), match.how) for match in found] for name, found in matches.found.items()}
-
-
 def only(matches: Matches, name: str) -> Match:
     (match,) = matches.found[name]
     return match
-
-
-def products(arrays: dict[str, Array], operator: str = "MatMul", **attributes: Any) -> Chain:
-    """A product with each array in turn, under its name."""
-    chain = Chain()
-    for name, array in arrays.items():
-        chain.then(operator, name, array, **attributes)
-    return chain
 
 
 def nameless(arrays: list[Array], turned: bool = True) -> Chain:

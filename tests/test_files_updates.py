@@ -49,6 +49,11 @@ def pair_of(columns: tuple[int, ...], out: int, **more: Any) -> LoraPair:
     return LoraPair(integers((R, *columns), 1), B, SCALING, **more)
 
 
+def linear_pair(turned: bool) -> LoraPair:
+    """Factors of a weight that is stored as (5, 7)."""
+    return pair_of((5,), 7) if turned else pair_of((7,), 5)
+
+
 def delta_of(pair: LoraPair) -> Any:
     return SCALING * np.tensordot(pair.B.reshape(len(pair.B), R), pair.A, axes=1)
 
@@ -56,7 +61,7 @@ def delta_of(pair: LoraPair) -> Any:
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("start", "stop"), RANGES)
 def test_rows_of_a_linear_layer(turned: bool, start: int, stop: int) -> None:
-    pair = pair_of((5,), 7) if turned else pair_of((7,), 5)
+    pair = linear_pair(turned)
     delta = delta_of(pair).T if turned else delta_of(pair)
     base, update = integers((5, 7), 3), Linear(pair, turned)
     expected = (base + delta)[start:stop]
@@ -72,7 +77,7 @@ def test_rows_of_a_linear_layer(turned: bool, start: int, stop: int) -> None:
 @pytest.mark.parametrize("turned", [False, True])
 @pytest.mark.parametrize(("start", "stop"), RANGES)
 def test_differences_from_the_merge_of_rows(turned: bool, start: int, stop: int) -> None:
-    pair = pair_of((5,), 7) if turned else pair_of((7,), 5)
+    pair = linear_pair(turned)
     base, update = integers((5, 7), 3), Linear(pair, turned)
     merged = np.array(update.rows(base[start:stop], start, F16, 1, "w"))
     assert not update.differences(base[start:stop], start, merged, 1, "w").places.size
@@ -90,7 +95,7 @@ def test_differences_from_the_merge_of_rows(turned: bool, start: int, stop: int)
 def test_the_bound_of_a_linear_layer(
     turned: bool, start: int, stop: int, precision: Any, target: Any
 ) -> None:
-    pair = pair_of((5,), 7) if turned else pair_of((7,), 5)
+    pair = linear_pair(turned)
     base = integers((5, 7), 3)
     W0 = base.T if turned else base
     whole = merge_bound(W0, [LowRank(pair.A, pair.B, SCALING)], merging(precision), dtype=target)

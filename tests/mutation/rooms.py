@@ -109,7 +109,7 @@ VERIFICATION = Room(
         "content_search": ["matching_parts", "weight_matching"],
         "content_signature": ["content_signature", "matching_parts", "weight_matching"],
         "digests": ["digests"],
-        "exported_candidate": ["exported_candidate"],
+        "exported_candidate": ["exported_candidate", "exported_weights"],
         "foreign_candidate": ["foreign_candidate"],
         "input_files": ["digests"],
         "judge": ["judge", "judge_ahead", "judge_words"],
