@@ -64,13 +64,21 @@ def evaluation_error(
         column_norm: at least ||a||_2 of every column, or of each row's own, or of each column, (columns,).
         through_float32: whether all that follows the product is done in float32.
     """
-    u, eta = _U[dtype], _ETA[dtype]
-    absolute = np.asarray(1.01 * (r + 6) * u * (row_norms * column_norm))
-    absolute += 4 * r * eta * (row_norms + column_norm + 2)
+    relative, of_product, of_sum = error_coefficients(dtype, r)
+    absolute = np.asarray(of_product * (row_norms * column_norm))
+    absolute += of_sum * (row_norms + column_norm + 2)
     if through_float32:
         absolute += 1.01 * _U[_FLOAT32] * (row_norms * column_norm) + 4 * _ETA[_FLOAT32]
         return EvaluationError(4 * _U[_FLOAT32], absolute)
-    return EvaluationError(4 * u, absolute)
+    return EvaluationError(relative, absolute)
+
+
+def error_coefficients(dtype: np.dtype[Any], r: int) -> tuple[float, float, float]:
+    """Return what e is made of, for an evaluation in float32 or float64: the factors of ``|v|``, of
+    ``||a||_2 ||b'||_2`` and of ``||a||_2 + ||b'||_2 + 2``; see the module.
+    """
+    u, eta = _U[dtype], _ETA[dtype]
+    return 4 * u, 1.01 * (r + 6) * u, 4 * r * eta
 
 
 def prove_entries(

@@ -10,6 +10,10 @@ from hypothesis import HealthCheck, Phase, settings
 
 from loracle.files import cache_folder
 
+# Triton reads this when it is first imported: without a device its kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 settings.register_profile(
     "loracle",
     derandomize=True,

@@ -236,6 +236,22 @@ def test_the_merge_is_the_references_slice_by_slice(init: Any, turned: bool, dty
     )
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("init", [True, "pissa"])
+def test_a_merge_where_the_weight_lies_is_the_one_on_the_host(
+    init: Any, turned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("loracle.torch_impl.linear.merges_on_device", lambda W0, updates: True)
+    layer = filled(init, turned=turned, dtype=torch.bfloat16)
+    expected = layer.merged_arrays(("default",), "layer")["weight"]
+    result = layer.start_merge(("default",), "layer")()
+    assert list(result) == ["weight"]
+    assert same_bits(result["weight"], tensor_of(expected))
+    assert not same_bits(result["weight"], layer.weight)
+    none = fused_layer(nn.Linear(3, 4), (2, 2), (False, False))
+    assert same_bits(none.start_merge(("default",), "layer")()["weight"], none.weight.detach())
+
+
 @pytest.mark.parametrize("init", [False, "gaussian", "orthogonal", "pissa", "olora"])
 def test_each_slice_starts_as_a_layer_of_its_own(init: Any) -> None:
     torch.manual_seed(0)

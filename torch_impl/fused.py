@@ -14,6 +14,7 @@ from loracle.files import LoraPair
 from loracle.reference import ConfigError, LowRank, ShapeError, TargetError, fused_adapters
 
 from .arrays import array_of, assign
+from .device_factors import DeviceLowRank
 from .function import Term
 from .linear import LoraLinear
 from .starts import linear_update
@@ -131,6 +132,20 @@ class LoraFusedLinear(LoraLinear):
         biases = iter(_cut(array_of(update.lora_bias), self.rows))
         # Only the trained part comes with the bias, not what is taken away.
         return [replace(own, bias=next(biases, None)) for own in adapters]
+
+    def device_low_ranks(self, name: str) -> list[DeviceLowRank]:
+        """See `LoraLinear.device_low_ranks`; each on the rows of its slice."""
+        update = self.update(name)
+        if not self.rows:
+            return []
+        widths = [stop - start for start, stop in self.rows]
+        return [
+            DeviceLowRank(a, b, update.scaling, rows)
+            for A, B in _factors(update)
+            for a, b, rows in zip(
+                torch.split(A, update.options.r), torch.split(B, widths), self.rows, strict=True
+            )
+        ]
 
     def pair(self, name: str) -> LoraPair:
         """Return the named adapter as the pair of a plain linear layer that computes the same.

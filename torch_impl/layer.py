@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from loracle.files import LoraPair
 from loracle.reference import ConfigError, ShapeError, TargetError
 
-from .arrays import array_of, assign
+from .arrays import array_of, assign, tensor_of
 from .dropout import SeededDropout, drawn_dropout, multiplier
 from .function_rules import compute_dtype
 from .update import LoraUpdate, UpdateOptions, check_adapter_name
@@ -55,6 +55,14 @@ class LoraLayer(nn.Module):
             names: of adapters this layer has.
             label: the layer's path, for error messages.
         """
+
+    def start_merge(self, names: Sequence[str], label: str) -> Callable[[], Mapping[str, Tensor]]:
+        """Start what `merged_arrays` does; return what gives its result as tensors on the base's device.
+
+        A kind of layer that merges on its device launches the work here, and waits for it there.
+        """
+        arrays, device = self.merged_arrays(names, label), self.base_weight.device
+        return lambda: {name: tensor_of(array).to(device) for name, array in arrays.items()}
 
     @property
     def weight(self) -> Tensor:

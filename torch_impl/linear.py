@@ -1,6 +1,6 @@
 """`LoraLinear`: a frozen linear layer with trainable low-rank updates beside it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from loracle.reference import LowRank, TargetError, merge_adapters, merge_bias, merge_dora
 
 from .arrays import array_of
+from .device_factors import DeviceLowRank
+from .device_merge import DeviceMerge, merges_on_device
 from .dora import check_norm, dora_linear, dora_norm
 from .function import Member, Term, lora_products
 from .layer import LoraLayer
@@ -138,6 +140,17 @@ class LoraLinear(LoraLayer):
             merged["bias"] = merge_bias(array_of(bias), adapters, name=f"{label}.bias")
         return merged
 
+    def start_merge(self, names: Sequence[str], label: str) -> Callable[[], Mapping[str, Tensor]]:
+        """See `LoraLayer.start_merge`."""
+        updates = [self.update(name) for name in names]
+        if not merges_on_device(self.base_weight, updates):
+            return super().start_merge(names, label)
+        adapters = [own for name in names for own in self.device_low_ranks(name)]
+        merge = DeviceMerge(
+            self.base_weight, adapters, fan_in_fan_out=self.fan_in_fan_out, name=f"{label}.weight"
+        )
+        return lambda: {"weight": merge.result()}
+
     def _merged_dora(self, name: str, magnitude: NDArray[Any], label: str) -> NDArray[Any]:
         W0, (own,) = array_of(self.base_weight), self.low_ranks(name)
         operands = (own.A, own.B, own.scaling, magnitude)
@@ -150,3 +163,8 @@ class LoraLinear(LoraLayer):
         A, B = update.matrices()
         bias = None if update.lora_bias is None else array_of(update.lora_bias)
         return [LowRank(array_of(A), array_of(B), update.scaling, bias=bias)]
+
+    def device_low_ranks(self, name: str) -> list[DeviceLowRank]:
+        """Return `low_ranks` as tensors where they lie, without a bias of lora_B."""
+        update = self.update(name)
+        return [DeviceLowRank(*update.matrices(), update.scaling)]

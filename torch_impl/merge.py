@@ -1,13 +1,9 @@
 """Merge a model's active adapters into its weights, and put the weights back bit for bit."""
 
-from typing import Any
-
-from numpy.typing import NDArray
 from torch import nn
 
 from loracle.reference import TargetError
 
-from .arrays import tensor_of
 from .inject import unload
 from .injected import lora_layers
 
@@ -17,7 +13,8 @@ def merge(model: nn.Module) -> tuple[str, ...]:
 
     A linear weight becomes ``W0 + sum over adapters of scaling * lora_B @ lora_A``: the exact real number,
     rounded once. All weights are computed before the first is exchanged, so an error leaves the model as it
-    was. The base's own are kept: a merged model holds both. See `loracle.reference.merge_adapters`.
+    was. The base's own are kept: a merged model holds both. Linear weights on a CUDA device are merged there,
+    see `loracle.torch_impl.device_merge`; the numbers are the same. See `loracle.reference.merge_adapters`.
 
     Returns:
         The paths of the merged layers.
@@ -36,13 +33,10 @@ def merge(model: nn.Module) -> tuple[str, ...]:
     for path, layer in layers.items():
         if layer.merged:
             raise TargetError(f"{path}: expected an unmerged adapter, got a merged one; unmerge() first")
-    merged: dict[str, dict[str, NDArray[Any]]] = {
-        path: layer.merged_arrays(layer.active, path) for path, layer in layers.items() if layer.active
-    }
-    for path, arrays in merged.items():
-        layer = layers[path]
-        device = layer.base_weight.device
-        layer.set_merged({name: tensor_of(array).to(device) for name, array in arrays.items()})
+    started = {path: layer.start_merge(layer.active, path) for path, layer in layers.items() if layer.active}
+    merged = {path: result() for path, result in started.items()}
+    for path, tensors in merged.items():
+        layers[path].set_merged(tensors)
     return tuple(merged)
 
 
