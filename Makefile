@@ -7,7 +7,7 @@ export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all evidence evidence-quick fuzz test-consumers consumers mutants lint bench bench-large architectures verify-table clean
+.PHONY: help demo test test-all gpu evidence evidence-quick fuzz test-consumers consumers mutants lint bench bench-large architectures verify-table clean
 
 help:
 	@echo "make demo      fine-tune, merge, export, verify and run two tasks on a real model"
@@ -21,6 +21,7 @@ help:
 	@echo "make bench-large  exports of models of 1.1B and 7B parameters; 30 GB of disk"
 	@echo "make evidence  the paper's claims, measured: benchmarks/results, with a page; hours, and it goes on where it was"
 	@echo "make evidence-quick  the same of small models in a few minutes, into build/evidence-quick"
+	@echo "make gpu       the tests and measurements that need a CUDA device; docs/gpu.md"
 	@echo "make architectures  docs/architectures.md"
 	@echo "make verify-table   the tables of docs/verify.md; needs .venv-peers for some"
 
@@ -93,6 +94,9 @@ evidence: .venv/dev.stamp
 
 evidence-quick: .venv/dev.stamp
 	$(BIN)/python -m benchmarks.evidence --quick
+
+gpu: .venv/dev.stamp
+	$(BIN)/python -m benchmarks.gpu
 
 architectures: .venv/dev.stamp
 	$(BIN)/python tests/architectures_page.py

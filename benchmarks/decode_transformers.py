@@ -28,7 +28,7 @@ class Clock(BaseStreamer):  # type: ignore[misc]
 def timed_generate(model: Any, prompt: Sequence[int], new_tokens: int, options: Mapping[str, Any]) -> Answer:
     """Answer greedily. The model's `generation_config` is changed: no token ends an answer."""
     model.generation_config.eos_token_id = None
-    tokens = torch.tensor([list(prompt)])
+    tokens = torch.tensor([list(prompt)], device=model.device)
     clock = Clock()
     with torch.inference_mode():
         start = time.perf_counter()

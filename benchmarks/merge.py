@@ -77,7 +77,9 @@ class Way:
 def peft_way(problem: Problem) -> Way:
     """PEFT's layer on an nn.Linear; `merge_adapter` adds the update in place."""
     out_features, in_features = problem.W0.shape
-    linear = nn.Linear(in_features, out_features, bias=False, dtype=problem.W0.dtype)
+    linear = nn.Linear(
+        in_features, out_features, bias=False, dtype=problem.W0.dtype, device=problem.W0.device
+    )
     config = peft.LoraConfig(
         r=len(problem.A), lora_alpha=round(ALPHA_OVER_R * len(problem.A)), target_modules=["0"]
     )

@@ -47,7 +47,7 @@ def fill_factors(subject: Subject) -> dict[Key, Tensor]:
         size = 0.05 if kind == "lora_B" else parameter.shape[1] ** -0.5
         drawn = torch.randn(parameter.shape, generator=generator).mul_(size).bfloat16()
         parameter.data.copy_(drawn)
-        values[path, kind] = drawn.double()
+        values[path, kind] = drawn.double().to(parameter.device)
     return values
 
 

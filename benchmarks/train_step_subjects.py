@@ -32,10 +32,33 @@ LEARNING_RATE = 1e-4
 
 FLOOR, CONTROL, FULL, FLOOR_CHUNKED = "floor", "A/A control", "full fine-tuning", "floor + chunked"
 OURS, PEFT, LORALIB, OURS_CHUNKED = "loracle", "PEFT", "loralib", "loracle + chunked"
+PEFT_COMPILED, PEFT_LIGER = "PEFT, compiled", "PEFT + Liger"
 ADAPTED = (OURS, PEFT, OURS_CHUNKED, LORALIB)
 """The ways that have targets, a rank and dropout; PEFT stands between the two that are compared with it."""
 
 _FACTOR = re.compile(r"(base_model\.model\.)?(?P<path>.+?)(\.adapters\.\w+)?\.(?P<kind>lora_[AB])\b")
+
+
+@dataclass(frozen=True)
+class Size:
+    """A shape of Llama's architecture."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    rope_theta: float
+    tied: bool = False
+
+
+SIZES = {
+    "135m": Size(576, 1536, 30, 9, 3, 49152, 100000.0, tied=True),
+    "1.1b": Size(2048, 5632, 22, 32, 4, 32000, 10000.0),
+    "7b": Size(4096, 11008, 32, 32, 32, 32000, 10000.0),
+}
+"""SmolLM2-135M, TinyLlama-1.1B and Llama-2-7B."""
 
 
 @dataclass(frozen=True)
@@ -44,24 +67,29 @@ class Workload:
 
     Attributes:
         dtype: of the frozen weights, a key of `DTYPES`.
-        model: a folder of transformers; None for SmolLM2-135M's shape with seeded weights.
+        model: a folder of transformers; None for one of `SIZES` with seeded weights.
         attention: ``"eager"`` or ``"sdpa"``; None for what our trainer uses (`AttentionChoice`).
-        layers, vocabulary: of the seeded model.
+        layers, vocabulary: of the seeded model; those of its size where None.
         batch, length: of the token ids.
+        size: of the seeded model, a key of `SIZES`.
+        device: of model and tokens.
     """
 
     dtype: str
     model: str | None = None
     attention: str | None = None
-    layers: int = 30
-    vocabulary: int = 49152
+    layers: int | None = None
+    vocabulary: int | None = None
     batch: int = 4
     length: int = 128
+    size: str = "135m"
+    device: str = "cpu"
 
     def tokens(self, vocabulary: int) -> Tensor:
         """Seeded token ids (batch, length), input and labels at once."""
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(vocabulary, (self.batch, self.length), generator=generator)
+        tokens = torch.randint(vocabulary, (self.batch, self.length), generator=generator)
+        return tokens.to(self.device)
 
 
 @dataclass(frozen=True)
@@ -96,18 +124,19 @@ def config_of(work: Workload) -> Any:
     """The configuration of the workload's model."""
     if work.model is not None:
         return AutoConfig.from_pretrained(work.model, local_files_only=True)
+    size = SIZES[work.size]
     return LlamaConfig(
-        vocab_size=work.vocabulary,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=work.layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
+        vocab_size=size.vocabulary if work.vocabulary is None else work.vocabulary,
+        hidden_size=size.hidden,
+        intermediate_size=size.inner,
+        num_hidden_layers=size.layers if work.layers is None else work.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
         max_position_embeddings=8192,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        rope_parameters={"rope_type": "default", "rope_theta": size.rope_theta},
         rms_norm_eps=1e-5,
-        initializer_range=1 / 24,
-        tie_word_embeddings=True,
+        initializer_range=size.hidden**-0.5,
+        tie_word_embeddings=size.tied,
     )
 
 
@@ -117,12 +146,14 @@ def base_model(work: Workload) -> Any:
     options = {"dtype": dtype, "attn_implementation": attention}
     if work.model is None:
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config_of(work), **options)
+        # Drawn where it is used: to draw 7 billion numbers on the host takes minutes.
+        with torch.device(work.device):
+            model = AutoModelForCausalLM.from_config(config_of(work), **options)
     else:
         model = AutoModelForCausalLM.from_pretrained(work.model, local_files_only=True, **options)
     if work.attention is None:
         AttentionChoice(model, bf16=dtype is torch.bfloat16).choose(work.length)
-    model.requires_grad_(False)
+    model.to(work.device).requires_grad_(False)
     return model.train()
 
 
@@ -180,11 +211,15 @@ def subject(name: str, model: Any, case: Case | None) -> Subject:
     Args:
         name: one of this module's names.
         model: its modules are changed; the tensors are not, but for `FULL`.
-        case: None for the ways that have none.
+        case: None for the ways that have none, which adapt nothing.
     """
-    if name in ADAPTED:
-        assert case is not None
-        build: dict[str, Callable[[Any, Case], Any]] = {PEFT: _peft, LORALIB: _loralib}
+    if case is not None:
+        build: dict[str, Callable[[Any, Case], Any]] = {
+            PEFT: _peft,
+            PEFT_COMPILED: _peft_compiled,
+            PEFT_LIGER: _peft_liger,
+            LORALIB: _loralib,
+        }
         model = build.get(name, _loracle)(model, case)
     elif name == FULL:
         model.requires_grad_(True)
@@ -216,6 +251,21 @@ def _peft(model: Any, case: Case) -> Any:
         target_modules=list(TARGETS[case.targets]),
     )
     return peft.get_peft_model(model, config)
+
+
+def _peft_compiled(model: Any, case: Case) -> Any:
+    adapted = _peft(model, case)
+    adapted.compile()
+    return adapted
+
+
+def _peft_liger(model: Any, case: Case) -> Any:
+    """Liger's kernels in the model. They also take the place of functions that all of transformers' Llamas
+    call: no other way is what it was from then on."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+    apply_liger_kernel_to_llama(model=model)
+    return _peft(model, case)
 
 
 def _loralib(model: Any, case: Case) -> Any:
