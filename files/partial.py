@@ -28,26 +28,32 @@ def partial_folder(final: Path) -> Iterator[Path]:
 
     Raises OSError where the parent cannot be written.
     """
-    path, descriptor = _make(final, _new_folder)
+    own = _Own()
     try:
-        yield path
+        yield _make(own, final, _new_folder)
     finally:
         try:
-            shutil.rmtree(path, ignore_errors=True)  # an error of the block is the one to report
+            for path in own.paths:
+                shutil.rmtree(path, ignore_errors=True)  # an error of the block is the one to report
         finally:
-            os.close(descriptor)
+            own.close()
 
 
 @contextmanager
 def partial_file(final: Path) -> Iterator[tuple[Path, BinaryIO]]:
     """Yield the path of a new file beside ``final`` and the file, open for writing; as `partial_folder`."""
-    path, descriptor = _make(final, _new_file)
-    with os.fdopen(descriptor, "wb") as file:
-        try:
+    own = _Own()
+    try:
+        path = _make(own, final, _new_file)
+        with open(own.descriptor, "wb", closefd=False) as file:
             yield path, file
+    finally:
+        try:
+            for path in own.paths:
+                with suppress(OSError):
+                    path.unlink(missing_ok=True)
         finally:
-            with suppress(OSError):
-                path.unlink(missing_ok=True)
+            own.close()
 
 
 def remove_abandoned(final: Path) -> None:
@@ -84,15 +90,30 @@ def _sibling(final: Path) -> Path:
     return final.parent / f".{final.name[:_NAME_LENGTH]}.{secrets.token_hex(_TOKEN_BYTES)}.partial"
 
 
-def _make(final: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+class _Own:
+    """What is being made: names are noted before they are there, so that whoever makes them can remove them
+    whenever Ctrl-C comes."""
+
+    def __init__(self) -> None:
+        self.paths: list[Path] = []
+        self.descriptor = -1
+
+    def close(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+def _make(own: _Own, final: Path, create: Callable[[Path], int]) -> Path:
     while True:
         path = _sibling(final)
+        own.paths.append(path)
         with suppress(FileNotFoundError):
-            descriptor = create(path)
+            own.descriptor = create(path)
             # between its making and its locking another process may have taken it for left behind
-            if try_lock(descriptor) is not False and is_at(descriptor, path):
-                return path, descriptor
-            os.close(descriptor)
+            if try_lock(own.descriptor) is not False and is_at(own.descriptor, path):
+                return path
+            own.close()
         if not final.parent.is_dir():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(final.parent))
 

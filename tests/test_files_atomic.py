@@ -359,6 +359,22 @@ def test_a_folder_that_cannot_be_opened_is_not_left(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("call", ["os.open", "try_lock", "is_at"])
+@pytest.mark.parametrize("writer", [partial.partial_folder, partial.partial_file])
+def test_ctrl_c_while_it_is_made_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writer: Any, call: str
+) -> None:
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        monkeypatch.undo()
+        assert len(list(tmp_path.iterdir())) == (writer is partial.partial_folder or call != "os.open")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"loracle.files.partial.{call}", interrupted)
+    with pytest.raises(KeyboardInterrupt), writer(tmp_path / "out"):
+        pytest.fail("the block was entered")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_parent_that_vanishes_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "parent").mkdir()
     out = tmp_path / "parent" / "out"
