@@ -4,7 +4,7 @@
 
 Each measurement is a module of its own (STAGES). One that has ended is not made again unless `--again`
 says so, and most go on where they were: a run that was ended early costs little. The latency table wants
-a machine that does nothing else. On two cores all take about half a day; `--quick`, of small models and few
+a machine that does nothing else. On two cores all take most of a day; `--quick`, of small models and few
 steps, minutes.
 """
 

@@ -31,7 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_it_writes_a_document_and_a_picture_and_prints_tables(model: Path, tmp_path: Path) -> None:
     code, out, err = call(
         "--model", model, "--quick", "--settings", "1x4:3k,2x3", "--methods", "adapter-h,prefix",
-        "--out", tmp_path / "out", "--threads", 1,
+        "--out", tmp_path / "out", "--threads", 1, "--blocks", 2,
     )  # fmt: skip
     assert (code, err) == (0, "")
     document = json.loads((tmp_path / "out/bench.json").read_text())
@@ -45,7 +45,8 @@ def test_it_writes_a_document_and_a_picture_and_prints_tables(model: Path, tmp_p
     ]
     assert document["model"]["name"] == "tiny"
     assert not document["model"]["random_weights"]
-    assert all(len(row["ratios"]) == 3 and row["seconds"] > 0 for row in document["rows"])
+    assert all([len(own) for own in row["ratios"]] == [2, 2, 2] for row in document["rows"])
+    assert all(row["seconds"] > 0 for row in document["rows"])
     by_method = {row["method"]: row for row in document["rows"] if row["length"] == 4}
     assert abs(by_method["adapter-h"]["parameters"] - 3000) < 2 * 2 * 129  # half a rank
     assert by_method["control"]["parameters"] > 100_000

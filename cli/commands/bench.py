@@ -57,6 +57,14 @@ def command(
             "--rounds", help="How often sessions are opened anew and measured; 8 by default.", min=2
         ),
     ] = None,
+    blocks: Annotated[
+        int | None,
+        typer.Option(
+            "--blocks",
+            help="Of A B B A for each pair of sessions; 2 by default. More help where others disturb.",
+            min=1,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option("--threads", help="onnxruntime's; one a core by default.", min=1)
     ] = None,
@@ -89,7 +97,7 @@ def command(
         usual = Effort(threads=threads or len(os.sched_getaffinity(0)))
         effort = Effort(
             rounds or (3 if quick else usual.rounds),
-            1 if quick else usual.blocks,
+            blocks or (1 if quick else usual.blocks),
             0.01 if quick else usual.window,
             usual.threads,
         )
