@@ -34,12 +34,16 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def test_a_merge_is_correct_and_its_peers_is_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_merge_is_correct_and_a_peers_wrong_entries_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     gpu_merge.main([*CPU, "--out", str(tmp_path / "merge.json")])
     found = read(tmp_path / "merge.json")
     rows = {row["way"]: row for row in found["rows"]}
     assert rows[gpu_merge.OURS]["wrongly_rounded"] == 0
-    assert 0 < rows[gpu_merge.PEFT]["wrong_share"] < 0.1
+    # In float32 and then rounded: wrong where two roundings differ, which is seldom.
+    peer = rows[gpu_merge.PEFT]
+    assert peer["wrong_share"] == peer["wrongly_rounded"] / found["entries"] < 0.01
     assert found["weights"] == 7
     assert found["entries"] == 2 * 64 * 64 + 2 * 32 * 64 + 3 * 176 * 64
     assert found["moved_bytes"] == 4 * found["entries"]
