@@ -67,9 +67,9 @@ def problem(seed: int, out: int, inputs: int, r: int, dtype: torch.dtype, size: 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @given(
-    shape=st.tuples(st.integers(1, 70), st.integers(1, 140), st.integers(1, 9)),
+    shape=st.tuples(st.integers(1, 70), st.integers(1, 140), st.sampled_from([1, 2, 3, 5, 8, 33, 40])),
     seed=st.integers(0, 2**16),
-    size=st.sampled_from([1.0, 1e-3, 3e-8, 1e4]),
+    size=st.sampled_from([1.0, 1e-3, 3e-8, 300.0]),
     fan_in_fan_out=st.booleans(),
 )
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
@@ -166,8 +166,11 @@ def test_few_entries_are_left_by_each_stage(device: str, monkeypatch: pytest.Mon
     monkeypatch.setattr(
         device_merge, "_merge_on_host", lambda part, i, j: alone.append(len(i)) or on_host(part, i, j)
     )
-    for dtype, most in ((torch.bfloat16, 200), (torch.float16, 1200), (torch.float32, 20)):
-        W0, adapter = problem(6, 128, 256, 8, dtype, 0.1)
+    # float32 leaves bfloat16 some; float64 none of so few.
+    for dtype, r, most in (
+        (torch.bfloat16, 8, 200), (torch.bfloat16, 48, 3), (torch.float16, 8, 3), (torch.float32, 8, 20)
+    ):  # fmt: skip
+        W0, adapter = problem(6, 128, 256, r, dtype, 0.1)
         merged(W0, [adapter], device)
         assert sum(found) <= most
         assert not alone
