@@ -90,7 +90,7 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _float32_to_odd(values):  # type: ignore[no-untyped-def]
     """As `rounding.round_float64` reaches 16 bits: truncated, the last bit set where something was lost."""
     nearest = values.to(tl.float32)
