@@ -77,3 +77,8 @@ def _product_seconds(device: str, rows: int) -> float:
     left, right = (torch.randn(rows, rows, device=device).bfloat16() for _ in range(2))
     product = torch.empty_like(left)
     return median_seconds(lambda: torch.mm(left, right, out=product), device)
+
+
+def ceilings_of(device: str, *, quick: bool) -> Ceilings:
+    """Measure a device; a quick run, of little."""
+    return measure_ceilings(device, copied_bytes=2**20, rows=64) if quick else measure_ceilings(device)

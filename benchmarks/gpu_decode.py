@@ -17,7 +17,6 @@ It also counts, from onnxruntime's profile, which nodes of a step ran elsewhere 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -31,7 +30,7 @@ from transformers import AutoModelForCausalLM
 
 from loracle.export import export
 from loracle.export.bench.runner import PROVIDERS, check_provider
-from loracle.files import write_atomic, write_merged_checkpoint
+from loracle.files import write_merged_checkpoint
 from loracle.torch_impl.loading import quiet_transformers
 
 from .adapters import random_adapter
@@ -40,8 +39,8 @@ from .decode_folders import weight_bytes
 from .decode_transformers import timed_generate
 from .decode_ways import ours
 from .export_models import MIDDLE, MODELS, TINY
-from .gpu_ceilings import measure_ceilings
-from .gpu_machine import describe_device, require_cuda
+from .gpu_ceilings import ceilings_of
+from .gpu_machine import describe_device, require_cuda, write_result
 from .gpu_nodes import nodes_of_a_step
 from .interleaved import Opened, Seconds, chain, timed
 from .intervals import median_interval
@@ -124,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check_provider(device)
     model = MODELS[TINY if arguments.quick else MIDDLE]
     assert model.shape is not None
-    ceilings = measure_ceilings(device, **({"copied_bytes": 2**20, "rows": 64} if arguments.quick else {}))
+    ceilings = ceilings_of(device, quick=arguments.quick)
     result: dict[str, Any] = {
         "machine": describe_device(device),
         "ceilings": asdict(ceilings),
@@ -160,9 +159,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 result["rows"].append({**row, "bound_share": row["tokens_per_second"] / bound})
         # Sessions of the device hold its memory, and the files of the folder.
         ways.clear()
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(arguments.out, (json.dumps(result, indent=2) + "\n").encode())
+    write_result(arguments.out, result)
     show(result, providers[0])
 
 

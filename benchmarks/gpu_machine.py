@@ -1,12 +1,16 @@
-"""The device that a result file belongs to."""
+"""The device that a result file belongs to, and the file."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from loracle.files import write_atomic
 
 from .machine import describe
 
@@ -34,6 +38,13 @@ def describe_device(device: str) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _driver(),
     }
+
+
+def write_result(out: Path | None, result: dict[str, Any]) -> None:
+    """Write a result file, where one is wanted."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomic(out, (json.dumps(result, indent=2) + "\n").encode())
 
 
 def installed(package: str) -> bool:

@@ -17,7 +17,6 @@ are counted.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -29,14 +28,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from loracle.files import write_atomic
 from loracle.reference import merge
 from loracle.torch_impl.arrays import array_of
 from loracle.torch_impl.device_factors import DeviceLowRank
 from loracle.torch_impl.device_merge import DeviceMerge
 
-from .gpu_ceilings import measure_ceilings, seconds_of
-from .gpu_machine import describe_device, require_cuda
+from .gpu_ceilings import ceilings_of, seconds_of
+from .gpu_machine import describe_device, require_cuda, write_result
 from .merge import ALPHA_OVER_R, Problem, peft_way
 from .tables import plain_table
 from .train_step_subjects import DTYPES, SIZES, Size
@@ -113,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     size, device = SIZES["7b"], arguments.device
     if arguments.quick:
         size = Size(64, 176, 1, 2, 1, 32, 1e4)
-    ceilings = measure_ceilings(device, **({"copied_bytes": 2**20, "rows": 64} if arguments.quick else {}))
+    ceilings = ceilings_of(device, quick=arguments.quick)
     found = weights(size, DTYPES[arguments.dtype], device)
     entries = sum(own.W0.numel() for own in found)
     nbytes = 2 * entries * found[0].W0.itemsize
@@ -147,9 +145,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             ),
         ],
     }
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(arguments.out, (json.dumps(result, indent=2) + "\n").encode())
+    write_result(arguments.out, result)
     show(result)
     if wrong:
         raise SystemExit(f"expected every entry to be rounded correctly, got {wrong} that are not")

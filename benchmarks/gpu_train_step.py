@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -33,10 +32,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from loracle.files import write_atomic
-
-from .gpu_ceilings import Ceilings, measure_ceilings, seconds_of
-from .gpu_machine import describe_device, installed, require_cuda
+from .gpu_ceilings import Ceilings, ceilings_of, seconds_of
+from .gpu_machine import describe_device, installed, require_cuda, write_result
 from .gpu_train_step_report import checks, checks_table, rows_table
 from .intervals import median_interval
 from .train_step import chain, flops
@@ -209,8 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     require_cuda(arguments.device)
     say = Console(stderr=True).print
     small = {"layers": 2, "vocabulary": 512, "batch": 2} if arguments.quick else {"batch": 1}
-    ceiling_sizes = {"copied_bytes": 2**20, "rows": 64} if arguments.quick else {}
-    ceilings = measure_ceilings(arguments.device, **ceiling_sizes)
+    ceilings = ceilings_of(arguments.device, quick=arguments.quick)
     result: dict[str, Any] = {
         "machine": describe_device(arguments.device),
         "ceilings": asdict(ceilings),
@@ -242,9 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 liger_row(result["rows"], work, Case(targets, RANK, 0.0), arguments.rounds, ceilings)
             )
     result["checks"] = checks(result["rows"])
-    if arguments.out is not None:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(arguments.out, (json.dumps(result, indent=2) + "\n").encode())
+    write_result(arguments.out, result)
     screen = Console(width=160)
     screen.print(rows_table(result["rows"]))
     screen.print(checks_table(result["checks"]))

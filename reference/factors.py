@@ -1,7 +1,7 @@
 """The low-rank factors that are added to one range of rows of a weight, and where each range lies."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -74,20 +74,33 @@ class Factors:
 
 def row_ranges(out_features: int, adapters: Sequence[LowRank]) -> list[Factors]:
     """Cut the weight's rows where an adapter begins or ends; return the factors of each range, in order."""
-    owned = [
-        (0, out_features) if adapter.rows is None else (adapter.rows.start, adapter.rows.stop)
-        for adapter in adapters
-    ]
-    cuts = sorted({0, out_features, *(end for pair in owned for end in pair)})
     ranges = []
-    for start, stop in pairwise(cuts):
+    for start, stop, own in cut_rows(out_features, [adapter.rows for adapter in adapters]):
         groups = tuple(
-            (adapter.A, adapter.B[start - first : stop - first], float(adapter.scaling))
-            for adapter, (first, last) in zip(adapters, owned, strict=True)
-            if first <= start and stop <= last
+            (adapters[at].A, adapters[at].B[rows], float(adapters[at].scaling)) for at, rows in own
         )
         ranges.append(Factors(start, stop, groups))
     return ranges
+
+
+def cut_rows(
+    out_features: int, owned: Sequence[slice | None]
+) -> Iterator[tuple[int, int, list[tuple[int, slice]]]]:
+    """Cut rows where an owner of some, or of all for None, begins or ends; yield each range in order.
+
+    Yields (start, stop, owners): of each owner its number, and which of its own rows the range is.
+    """
+    spans = [(0, out_features) if rows is None else (rows.start, rows.stop) for rows in owned]
+    for start, stop in pairwise(sorted({0, out_features, *(end for span in spans for end in span)})):
+        yield (
+            start,
+            stop,
+            [
+                (at, slice(start - first, stop - first))
+                for at, (first, last) in enumerate(spans)
+                if first <= start and stop <= last
+            ],
+        )
 
 
 def norm_bound(matrix: Float64, axis: int) -> Float64:

@@ -1,6 +1,5 @@
 """The low-rank factors of a merge on a device, and how far from exact products of them may be."""
 
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loracle.reference import LowRank
-from loracle.reference.factors import Factors
+from loracle.reference.factors import Factors, cut_rows
 
 from .arrays import array_of
 
@@ -89,14 +88,9 @@ def device_ranges(
     shape: tuple[int, int], adapters: Sequence[DeviceLowRank], device: torch.device
 ) -> Iterator[tuple[slice, DeviceFactors]]:
     """Cut a weight's rows where an adapter begins or ends; yield each range with its factors, in order."""
-    owned = [(0, shape[0]) if adapter.rows is None else adapter.rows for adapter in adapters]
-    cuts = sorted({0, shape[0], *(end for pair in owned for end in pair)})
-    for start, stop in itertools.pairwise(cuts):
-        groups = [
-            (adapter.A, adapter.B[start - first : stop - first], adapter.scaling)
-            for adapter, (first, last) in zip(adapters, owned, strict=True)
-            if first <= start and stop <= last
-        ]
+    owned = [None if adapter.rows is None else slice(*adapter.rows) for adapter in adapters]
+    for start, stop, own in cut_rows(shape[0], owned):
+        groups = [(adapters[at].A, adapters[at].B[rows], adapters[at].scaling) for at, rows in own]
         yield slice(start, stop), DeviceFactors(groups, (stop - start, shape[1]), device)
 
 
