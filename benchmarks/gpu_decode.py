@@ -29,7 +29,8 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 from loracle.export import export
-from loracle.export.bench.runner import PROVIDERS, check_provider
+from loracle.export.bench.runner import check_provider
+from loracle.export.providers import PROVIDERS
 from loracle.files import write_merged_checkpoint
 from loracle.torch_impl.loading import quiet_transformers
 
@@ -42,6 +43,7 @@ from .export_models import MIDDLE, MODELS, TINY
 from .gpu_ceilings import ceilings_of
 from .gpu_machine import describe_device, require_cuda, write_result
 from .gpu_nodes import nodes_of_a_step
+from .gpu_options import parsed, parser_of
 from .interleaved import Opened, Seconds, chain, timed
 from .intervals import median_interval
 from .llama_model import write_llama
@@ -100,19 +102,11 @@ def agreement(ways: dict[str, Opened], prompt: Sequence[int], new_tokens: int) -
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds: does it run?")
-    parser.add_argument("--device", choices=list(PROVIDERS), default="cuda")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser = parser_of(__doc__, quick="a tiny model, two rounds: does it run?", rounds=5)
     parser.add_argument("--tokens", type=int, default=140)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv, "gpu-decode.json")
     if arguments.quick:
         arguments.rounds, arguments.tokens = 2, 8
-    elif arguments.out is None:
-        arguments.out = Path("benchmarks/results/gpu-decode.json")
     return arguments
 
 
@@ -132,7 +126,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rounds": arguments.rounds,
         "rows": [],
     }
-    providers = list(dict.fromkeys((PROVIDERS[device], PROVIDERS["cpu"])))
     with tempfile.TemporaryDirectory() as scratch:
         work = Path(scratch)
         base = write_llama(work / "base", model.shape, model.stored)
@@ -145,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         torch_model.to(device)
         result["weight_bytes"] = weight_bytes(work / "checkpoint")
-        result["nodes"] = nodes_of_a_step(work / "onnx", providers, work)
+        result["nodes"] = nodes_of_a_step(work / "onnx", device, work)
         ways = {
             OURS: ours(work / "onnx", 0),
             GROWING: transformers_way(torch_model, static=False),
@@ -160,7 +153,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         # Sessions of the device hold its memory, and the files of the folder.
         ways.clear()
     write_result(arguments.out, result)
-    show(result, providers[0])
+    show(result, PROVIDERS[device])
 
 
 def show(result: dict[str, Any], provider: str) -> None:

@@ -10,24 +10,25 @@ import onnxruntime
 
 from loracle.export import DecoderSession
 from loracle.export.names import GRAPH_FILE
+from loracle.export.providers import providers_of
 
 Nodes = dict[str, dict[str, int]]
 """For each provider how many nodes of each operator."""
 
 
-def nodes_of_a_step(folder: Path, providers: list[str], work: Path) -> Nodes:
+def nodes_of_a_step(folder: Path, device: str, work: Path) -> Nodes:
     """Decode a token behind a prompt of four, and count the nodes that ran for it.
 
     Args:
         folder: an exported decoder.
-        providers: of the session, the preferred one first.
+        device: that the session runs on.
         work: where the profile is written.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.enable_profiling = True
     options.profile_file_prefix = str(work / "profile")
-    session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=providers)
+    session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=providers_of(device))
     decoder = DecoderSession(session, 8)
     decoder.prefill([[1, 2, 3, 4]])
     decoder.decode([5])

@@ -20,6 +20,7 @@ from .answers import Answer, answer_prompts
 from .growing_session import open_decoder
 from .loaded_task import LoadedTask, check_inputs, load_task, map_task, signature_of
 from .names import GRAPH_FILE, SWAPPABLE_FILE
+from .providers import device_of
 from .sampling import Sampling
 from .session import REFUSALS, DecoderSession, check_capacity, context_length, open_session
 from .task_names import bound_file, bound_names, is_name
@@ -206,10 +207,6 @@ class Deployment:
             raise DataError(f"inputs: onnxruntime refuses them: {str(error).splitlines()[0]}") from error
         return {name: value.numpy() for name, value in zip(outputs, found, strict=True)}
 
-    @property
-    def _device(self) -> str:
-        return "cuda" if "CUDAExecutionProvider" in self._session.get_providers() else "cpu"
-
     def _open(self) -> onnxruntime.InferenceSession:
         """A session on the graph that has the tasks' tensors among its inputs."""
         if self._adapters:
@@ -252,7 +249,7 @@ class Deployment:
         if task in self._adapters:
             from .merged_task import merge_task
 
-            found = load_task(merge_task(self.folder, self._adapters[task]), self._device)
+            found = load_task(merge_task(self.folder, self._adapters[task]), device_of(self._session))
             check_inputs(str(self._adapters[task]), found, self._session)
             return found
         path = bound_file(self.folder, task)
@@ -260,7 +257,7 @@ class Deployment:
         if signature is None:
             there = ", ".join(self.tasks) or "none"
             raise FileError(f"{path}: expected one of the deployment's tasks ({there}), found none")
-        found = map_task(path, signature, self._device)
+        found = map_task(path, signature, device_of(self._session))
         inputs = {entry.name for entry in self._session.get_overridable_initializers()}
         if not inputs.issuperset(found.weights):
             self._session = self._open()

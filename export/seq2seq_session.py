@@ -15,6 +15,7 @@ import onnxruntime
 
 from loracle.reference import ConfigError, ShapeError
 
+from .host_inputs import HostInputs
 from .names import (
     ATTENTION_MASK,
     ENCODER_MASK,
@@ -26,6 +27,7 @@ from .names import (
     cross_names,
 )
 from .prompts import padded, require_one_a_row, require_rows
+from .providers import CPU, device_of
 from .seq2seq_model import Seq2SeqModel, open_seq2seq
 from .session import DTYPES
 
@@ -75,7 +77,7 @@ class Seq2SeqSession:
         logits = next(entry for entry in model.later.get_outputs() if entry.name == LOGITS)
         self.dtype = DTYPES[logits.type]
         self.vocabulary = int(logits.shape[-1])
-        self._device = "cuda" if "CUDAExecutionProvider" in model.later.get_providers() else "cpu"
+        self._device = device_of(model.later)
         self._own, self._cross = _cache_names(model.layers)
         self.rows = 0
         self.length = 0
@@ -149,8 +151,7 @@ class Seq2SeqSession:
             )
         self._tokens[:, 0] = tokens
         self._past_length[0] = self.length
-        if self._device != "cpu":  # binding copies to the device
-            self._binding.bind_cpu_input(INPUT_IDS, self._tokens)
+        self._inputs.send()
         self.model.later.run_with_iobinding(self._binding)
         self.length += 1
         return self._logits
@@ -174,7 +175,7 @@ class Seq2SeqSession:
         self.rows = mask.shape[0]
         self._mask, self._given = mask, cross
         # On the CPU an OrtValue is its array, which has to be kept.
-        self._host_cache = own if self._device == "cpu" else []
+        self._host_cache = own if self._device == CPU else []
         self._cache = [self._value(array) for array in own]
         self._binding = binding = self.model.later.io_binding()
         for (past, present), value in zip(self._own, self._cache, strict=True):
@@ -184,7 +185,8 @@ class Seq2SeqSession:
             binding.bind_ortvalue_input(past, value)
         self._tokens = np.zeros((self.rows, 1), np.int64)
         self._past_length = np.zeros(1, np.int64)
-        binding.bind_cpu_input(INPUT_IDS, self._tokens)
+        self._inputs = HostInputs(self._device, copied=self._device != CPU)
+        self._inputs.bind(binding, INPUT_IDS, self._tokens)
         binding.bind_cpu_input(ENCODER_MASK, mask)
         # `bind_cpu_input` does not know the inputs that need not be given.
         binding.bind_ortvalue_input(PAST_LENGTH, onnxruntime.OrtValue.ortvalue_from_numpy(self._past_length))

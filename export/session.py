@@ -16,6 +16,7 @@ from onnxruntime.capi import onnxruntime_pybind11_state
 from loracle.files.json_file import parse_json_object, read_json_object
 from loracle.reference import ConfigError, FileError, ShapeError
 
+from .host_inputs import HostInputs
 from .mapped_pages import release_mapped
 from .names import (
     ATTENTION_MASK,
@@ -32,6 +33,7 @@ from .names import (
     present_names,
 )
 from .prompts import padded, require_one_a_row, require_rows
+from .providers import CPU, best_device, device_of, providers_of
 from .shards import check_shards
 
 Array = np.ndarray[Any, Any]
@@ -94,12 +96,8 @@ def _options(threads: int, reuse: bool) -> onnxruntime.SessionOptions:
 def _open(
     source: str | bytes, path: Path, options: onnxruntime.SessionOptions
 ) -> onnxruntime.InferenceSession:
-    wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-    available = onnxruntime.get_available_providers()
     try:
-        session = onnxruntime.InferenceSession(
-            source, options, providers=[provider for provider in wanted if provider in available]
-        )
+        session = onnxruntime.InferenceSession(source, options, providers=providers_of(best_device()))
     except REFUSALS as error:
         raise FileError(f"{path}: onnxruntime refuses it: {str(error).splitlines()[0]}") from error
     noted = session.get_modelmeta().custom_metadata_map.get(SHARDS_KEY)
@@ -154,7 +152,8 @@ class DecoderSession:
 
     The cache of each layer is one buffer (rows, kv_heads, capacity, head_size), bound both as `past` and as
     `present`: the attention operator appends to it in place. What a step of one token a row reads and writes
-    is bound once; the token and one more column of the mask are written into the bound arrays.
+    is bound once; the token and one more column of the mask are written into the bound arrays, and from
+    there, where the session runs on a device, into the memory that is bound there.
 
     Args:
         source: folder of the exported model, or a session opened on it.
@@ -207,7 +206,7 @@ class DecoderSession:
         self.batch = batch
         self.dtype = DTYPES[outputs[LOGITS].type]
         self.vocabulary = int(outputs[LOGITS].shape[-1])
-        self._device = "cuda" if "CUDAExecutionProvider" in session.get_providers() else "cpu"
+        self._device = device_of(session)
         self._weights = weights or {}
         self._keeps_last = LOGITS_TO_KEEP in inputs or any(
             entry.name == LOGITS_TO_KEEP for entry in session.get_overridable_initializers()
@@ -229,9 +228,10 @@ class DecoderSession:
     def _bind(self, cache: list[Array]) -> None:
         """Take these arrays, or copies of them on the device, as the cache; bind all that stays."""
         self.rows = cache[0].shape[0]
-        self._host_cache = cache if self._device == "cpu" else []
+        self._host_cache = cache if self._device == CPU else []
         self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in cache]
         self._binding = self._new_binding()
+        self._inputs = HostInputs(self._device, copied=self._device != CPU)
         for past, present, value in zip(self._past, self._present, self._cache, strict=True):
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)
@@ -243,7 +243,7 @@ class DecoderSession:
 
     def _bind_step(self) -> None:
         """Bind what a step of one token a row reads and writes, but for the mask."""
-        self._binding.bind_cpu_input(INPUT_IDS, self._tokens)
+        self._inputs.bind(self._binding, INPUT_IDS, self._tokens)
         self._bind_logits(self._step_output)
 
     def _bind_logits(self, logits: Array) -> None:
@@ -364,11 +364,8 @@ class DecoderSession:
         self._token_column[:] = tokens
         self._mask[self._columns] = 1
         self._columns -= 1
-        binding = self._binding
-        if self._device != "cpu":  # binding copies to the device
-            binding.bind_cpu_input(INPUT_IDS, self._tokens)
-            binding.bind_cpu_input(ATTENTION_MASK, self._wide_mask)
-        self.session.run_with_iobinding(binding)
+        self._inputs.send()
+        self.session.run_with_iobinding(self._binding)
         self.length = end
         return self._step_logits
 
@@ -397,7 +394,7 @@ class DecoderSession:
         free = self._width - (self.length - self._padding)
         self._wide_mask[:] = np.arange(self._width) >= free[:, None]
         self._columns = np.arange(self.rows) * self._width + free - 1
-        self._binding.bind_cpu_input(ATTENTION_MASK, self._wide_mask)
+        self._inputs.bind(self._binding, ATTENTION_MASK, self._wide_mask)
 
     def _no_room(self, count: int) -> ShapeError:
         return ShapeError(

@@ -22,7 +22,8 @@ from architecture_runs import TASK
 from architectures import VOCABULARY, make
 from refusal import refused
 
-from loracle.export import Seq2SeqSession, export, generate
+from loracle.export import Seq2SeqSession, export, generate, seq2seq_session
+from loracle.export.host_inputs import HostInputs
 from loracle.export.names import DATA_FILE, DECODER_FILE, DECODER_WITH_PAST_FILE, ENCODER_FILE, PAST_LENGTH
 from loracle.export.past_length import let_length_be_told
 from loracle.export.seq2seq_model import Seq2SeqModel, is_seq2seq, open_seq2seq, start_tokens
@@ -186,6 +187,21 @@ def test_a_step_binds_nothing(opened: Seq2SeqModel, monkeypatch: pytest.MonkeyPa
     logits = [session.decode([1, 2]) for _ in range(19)]
     assert names == []
     assert all(one is logits[0] for one in logits)
+
+
+def test_what_is_copied_to_a_device_is_what_the_arrays_hold(
+    opened: Seq2SeqModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answers() -> list[np.ndarray]:
+        session = Seq2SeqSession(opened, 8, batch=4)
+        return [session.prefill(SOURCES).copy(), *(session.decode(own).copy() for own in FOLLOWING.T)]
+
+    expected = answers()
+    monkeypatch.setattr(
+        seq2seq_session, "HostInputs", lambda device, *, copied: HostInputs(device, copied=True)
+    )
+    for own, other in zip(answers(), expected, strict=True):
+        np.testing.assert_array_equal(own, other)
 
 
 def test_a_program_that_does_not_tell_the_length_gets_the_same(opened: Seq2SeqModel) -> None:

@@ -18,6 +18,8 @@ from onnx import TensorProto, helper
 from refusal import refused
 
 from loracle.export import DecoderSession, export, open_session
+from loracle.export import session as session_module
+from loracle.export.host_inputs import HostInputs
 from loracle.export.names import GRAPH_FILE, LOGITS_TO_KEEP
 from loracle.export.session import context_length
 from loracle.export.verification.truth import Float64Model
@@ -198,6 +200,28 @@ def test_a_step_binds_nothing_but_where_the_mask_is_widened(
     logits = [session.decode([1, 2]) for _ in range(292)]
     assert names == ["attention_mask"] * 2  # of 256 and 300 columns, after 128
     assert all(one is first for one in logits)
+
+
+def test_what_is_copied_to_a_device_is_what_the_arrays_hold(
+    opened: onnxruntime.InferenceSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps, a widening of the mask, and another prompt, through memory that is bound in their place."""
+    text = np.random.default_rng(3).integers(0, VOCABULARY, (2, 140))
+
+    def answers() -> list[np.ndarray]:
+        session = DecoderSession(opened, 160, batch=2)
+        found = []
+        for start in (120, 4):
+            found.append(session.prefill(list(text[:, :start])).copy())
+            found += [session.decode(tokens).copy() for tokens in text[:, start:].T]
+        return found
+
+    expected = answers()
+    monkeypatch.setattr(
+        session_module, "HostInputs", lambda device, *, copied: HostInputs(device, copied=True)
+    )
+    for own, other in zip(answers(), expected, strict=True):
+        np.testing.assert_array_equal(own, other)
 
 
 def test_the_capacity_is_bounded_and_says_so(opened: onnxruntime.InferenceSession) -> None:

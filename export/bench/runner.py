@@ -19,6 +19,7 @@ import onnxruntime
 from loracle.reference import ConfigError, FileError
 
 from ..names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, TOKEN_TYPE_IDS, past_names, present_names
+from ..providers import PROVIDERS, providers_of
 from ..session import DTYPES, REFUSALS, grows
 from .graphs import MethodGraph
 from .settings import DECODE, PREFILL, Setting
@@ -26,8 +27,6 @@ from .settings import DECODE, PREFILL, Setting
 Array = np.ndarray[Any, Any]
 Call = Callable[[], None]
 
-CPU, CUDA = "cpu", "cuda"
-PROVIDERS = {CPU: "CPUExecutionProvider", CUDA: "CUDAExecutionProvider"}
 _FIRST_TOKEN = 3
 _SPREAD = 0.1
 
@@ -55,9 +54,8 @@ def open_method(graph: MethodGraph, provider: str, threads: int) -> onnxruntime.
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "1" if threads > 1 else "0")
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    wanted = list(dict.fromkeys((PROVIDERS[provider], PROVIDERS[CPU])))
     try:
-        session = onnxruntime.InferenceSession(str(graph.graph), options, providers=wanted)
+        session = onnxruntime.InferenceSession(str(graph.graph), options, providers=providers_of(provider))
     except REFUSALS as error:
         reason = str(error).splitlines()[0]
         raise FileError(f"{graph.graph.name}: onnxruntime refuses it: {reason}") from error
