@@ -23,6 +23,7 @@ PARTS = {
     "merge": ("gpu_merge", "gpu-merge.json"),
     "train-step": ("gpu_train_step", "gpu-train-step.json"),
     "decode": ("gpu_decode", "gpu-decode.json"),
+    "table1": ("gpu_table1", "gpu-table1.json"),
 }
 LATENCY = "latency"
 NAMES = (TESTS, *PARTS, LATENCY)

@@ -20,7 +20,6 @@ import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +34,7 @@ from loracle.torch_impl.device_merge import DeviceMerge
 
 from .gpu_ceilings import ceilings_of, seconds_of
 from .gpu_machine import describe_device, require_cuda, write_result
+from .gpu_options import parsed, parser_of
 from .merge import ALPHA_OVER_R, Problem, peft_way
 from .tables import plain_table
 from .train_step_subjects import DTYPES, SIZES, Size
@@ -91,18 +91,9 @@ def passes(run: Callable[[], object], device: str, rounds: int) -> list[float]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="one small layer: does it run?")
-    parser.add_argument("--device", default="cuda")
+    parser = parser_of(__doc__, quick="one small layer: does it run?", rounds=5)
     parser.add_argument("--dtype", choices=list(DTYPES), default="bfloat16")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
-    if arguments.out is None and not arguments.quick:
-        arguments.out = Path("benchmarks/results/gpu-merge.json")
-    return arguments
+    return parsed(parser, argv, "gpu-merge.json")
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,9 +1,11 @@
-"""A training step on a GPU: loracle, PEFT, PEFT compiled and PEFT with Liger's kernels over a frozen model.
+"""A training step on a GPU: loracle and PEFT, eager and compiled, and PEFT with Liger's kernels, over a
+frozen model.
 
 Models of three shapes with seeded bfloat16 weights, r = 16 on q and v or on all linear layers, texts of 512
 and of 2048 tokens, as many at once as PEFT's step has memory for, a power of two. A step and the floor are
 those of `benchmarks.train_step`: forward with loss and backward, and AdamW on what is trained; no step
-recomputes activations.
+recomputes activations. Ours is also compiled as `loracle finetune --torch-compile` does, and in torch's mode
+that records CUDA graphs.
 
 First parity: the ways must agree with float64 on loss and gradients (`train_step_parity`), on the device.
 Then the peak memory of each way alone. Then time, by the device's own clock: one chain F X X F Y Y F ..., of
@@ -26,7 +28,6 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,16 +35,20 @@ from rich.console import Console
 
 from .gpu_ceilings import Ceilings, ceilings_of, seconds_of
 from .gpu_machine import describe_device, installed, require_cuda, write_result
+from .gpu_options import parsed, parser_of
 from .gpu_train_step_report import checks, checks_table, rows_table
 from .intervals import median_interval
 from .train_step import chain, flops
 from .train_step_parity import parity
 from .train_step_subjects import (
+    ADAPTED,
     CONTROL,
     FLOOR,
     FLOOR_CHUNKED,
     OURS,
     OURS_CHUNKED,
+    OURS_COMPILED,
+    OURS_GRAPHS,
     PEFT,
     PEFT_COMPILED,
     PEFT_LIGER,
@@ -59,7 +64,8 @@ from .train_step_subjects import (
 )
 
 RANK = 16
-WAYS = (CONTROL, OURS, PEFT, PEFT_COMPILED, OURS_CHUNKED, FLOOR_CHUNKED)
+COMPILED = (PEFT_COMPILED, OURS_COMPILED, OURS_GRAPHS)
+WAYS = (CONTROL, OURS, PEFT, PEFT_COMPILED, OURS_COMPILED, OURS_GRAPHS, OURS_CHUNKED, FLOOR_CHUNKED)
 WARM_STEPS = 3
 _MEMORY_SHARE = 0.9
 
@@ -183,21 +189,13 @@ def row(
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="two layers, two rounds: does it run?")
-    parser.add_argument("--device", default="cuda")
+    parser = parser_of(__doc__, quick="two layers, two rounds: does it run?", rounds=10)
     parser.add_argument("--size", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--length", nargs="+", type=int, default=[512, 2048])
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--out", type=Path)
-    arguments = parser.parse_args(argv)
+    arguments = parsed(parser, argv, "gpu-train-step.json")
     if arguments.quick:
         arguments.size, arguments.rounds, arguments.length = ["135m"], 2, [16]
-    elif arguments.out is None:
-        arguments.out = Path("benchmarks/results/gpu-train-step.json")
     return arguments
 
 
@@ -227,7 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     ]
     for targets in arguments.targets:
         work = replace(chosen[0][0], layers=None, vocabulary=512)
-        errors = parity(work, Case(targets, RANK, 0.0))
+        compiled = [name for name in WAYS if name in COMPILED]
+        errors = parity(work, Case(targets, RANK, 0.0), (*ADAPTED, *compiled))
         result["parity"] += [{"targets": targets, "way": name, **own} for name, own in errors.items()]
     for work, targets in chosen:
         say(f"{work.size}, {work.length} tokens, {targets}")

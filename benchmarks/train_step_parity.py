@@ -11,7 +11,7 @@ rounding of whole layers is larger than that.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +23,7 @@ from .train_step_subjects import (
     ADAPTED,
     ALPHA_OVER_R,
     DTYPES,
-    OURS,
-    OURS_CHUNKED,
+    OUR_WAYS,
     Case,
     Subject,
     Workload,
@@ -90,12 +89,12 @@ def errors_of(subject: Subject, tokens: Tensor, truth: tuple[float, Mapping[Key,
 def disagreements(errors: Mapping[str, Errors], dtype: torch.dtype) -> list[str]:
     """One line for each error above `FACTOR` times the largest of the other implementations'.
 
-    One rounding counts as an error of theirs. Our two ways do not excuse each other.
+    One rounding counts as an error of theirs. Our ways do not excuse each other.
     """
     rounding = torch.finfo(dtype).eps / 2
     lines = []
     for name, own in errors.items():
-        same = (OURS, OURS_CHUNKED) if name in (OURS, OURS_CHUNKED) else (name,)
+        same = OUR_WAYS if name in OUR_WAYS else (name,)
         for what, error in own.items():
             others = max(other[what] for peer, other in errors.items() if peer not in same)
             limit = FACTOR * max(others, rounding)
@@ -104,15 +103,15 @@ def disagreements(errors: Mapping[str, Errors], dtype: torch.dtype) -> list[str]
     return lines
 
 
-def parity(work: Workload, case: Case) -> dict[str, Errors]:
-    """Each way's errors for the case, its dropout left out.
+def parity(work: Workload, case: Case, names: Sequence[str] = ADAPTED) -> dict[str, Errors]:
+    """The named ways' errors for the case, its dropout left out.
 
     Raises SystemExit where they do not compute the same.
     """
     small = replace(work, model=None, layers=2, batch=2, length=min(work.length, 32))
     base, case = base_model(small), replace(case, dropout=0.0)
     tokens = small.tokens(base.config.vocab_size)
-    subjects = [make(name, shared_copy(base), case) for name in ADAPTED]
+    subjects = [make(name, shared_copy(base), case) for name in names]
     values = [fill_factors(subject) for subject in subjects]
     truth = true_gradients(base, values[0], float(ALPHA_OVER_R), tokens)
     errors = {subject.name: errors_of(subject, tokens, truth) for subject in subjects}

@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 from loracle.torch_impl import LoraConfig, inject
 from loracle.torch_impl.attention import AttentionChoice
 from loracle.torch_impl.chunked_loss import chunked_loss
+from loracle.torch_impl.compiled import compile_body
 
 from .adapters import ALL_LINEAR
 
@@ -33,6 +34,8 @@ LEARNING_RATE = 1e-4
 FLOOR, CONTROL, FULL, FLOOR_CHUNKED = "floor", "A/A control", "full fine-tuning", "floor + chunked"
 OURS, PEFT, LORALIB, OURS_CHUNKED = "loracle", "PEFT", "loralib", "loracle + chunked"
 PEFT_COMPILED, PEFT_LIGER = "PEFT, compiled", "PEFT + Liger"
+OURS_COMPILED, OURS_GRAPHS = "loracle, compiled", "loracle, CUDA graphs"
+OUR_WAYS = (OURS, OURS_CHUNKED, OURS_COMPILED, OURS_GRAPHS)
 ADAPTED = (OURS, PEFT, OURS_CHUNKED, LORALIB)
 """The ways that have targets, a rank and dropout; PEFT stands between the two that are compared with it."""
 
@@ -216,6 +219,8 @@ def subject(name: str, model: Any, case: Case | None) -> Subject:
     if case is not None:
         build: dict[str, Callable[[Any, Case], Any]] = {
             PEFT: _peft,
+            OURS_COMPILED: _loracle_compiled,
+            OURS_GRAPHS: _loracle_graphs,
             PEFT_COMPILED: _peft_compiled,
             PEFT_LIGER: _peft_liger,
             LORALIB: _loralib,
@@ -240,6 +245,18 @@ def _require_gradient(module: nn.Module, inputs: Any, output: Tensor) -> None:
 
 def _loracle(model: Any, case: Case) -> Any:
     inject(model, case.lora_config(), generator=torch.Generator().manual_seed(0))
+    return model
+
+
+def _loracle_compiled(model: Any, case: Case) -> Any:
+    """As `finetune` compiles: the body, not the head and the loss."""
+    compile_body(_loracle(model, case))
+    return model
+
+
+def _loracle_graphs(model: Any, case: Case) -> Any:
+    """Compiled, and its launches recorded: torch's mode for short steps."""
+    compile_body(_loracle(model, case), mode="reduce-overhead")
     return model
 
 

@@ -69,6 +69,13 @@ def test_what_belongs_to_causal_models_is_refused_elsewhere() -> None:
             FinetuneOptions(**REQUIRED, task="masked-lm", **{name: True})
 
 
+def test_compiling_and_sharding_exclude_each_other() -> None:
+    for name in ("torch_compile", "fsdp"):
+        FinetuneOptions(**REQUIRED, **{name: True})
+    with pytest.raises(ConfigError, match=r"^torch_compile: expected fsdp False"):
+        FinetuneOptions(**REQUIRED, torch_compile=True, fsdp=True)
+
+
 def test_evaluations_need_held_out_data() -> None:
     for name in ("eval_steps", "early_stopping_patience"):
         FinetuneOptions(**REQUIRED, eval_data=Path("e"), **{name: 2})
@@ -134,6 +141,7 @@ DECISIVE: list[tuple[str, Any]] = [
     ("gradient_accumulation", 2),
     ("gradient_checkpointing", True),
     ("chunked_loss", True),
+    ("torch_compile", True),
     ("packing", True),
     ("mask_probability", 0.5),
     ("fsdp", True),

@@ -41,6 +41,9 @@ class FinetuneOptions:
             gradient_accumulation * devices`` examples; its loss is the mean over all their labels.
         gradient_checkpointing: compute activations a second time in place of keeping them.
         chunked_loss: compute the loss in chunks of tokens, without all logits at once.
+        torch_compile: compile the model's body. The first steps take a minute longer, each of the others
+            less where launching operations takes long; roundings and dropout's masks are others, and a run
+            that goes on may not repeat them bit for bit.
         packing: join short examples to sequences of ``max_length``, none seeing another.
         mask_probability: share of tokens that ``masked-lm`` hides, in (0, 1).
         max_length: tokens an example may have.
@@ -83,6 +86,7 @@ class FinetuneOptions:
     gradient_accumulation: int = 1
     gradient_checkpointing: bool = False
     chunked_loss: bool = False
+    torch_compile: bool = False
     packing: bool = False
     mask_probability: float = 0.15
     max_length: int = 512
@@ -134,6 +138,8 @@ class FinetuneOptions:
         for name in ("packing", "chunked_loss"):
             if getattr(self, name) and self.task != "causal-lm":
                 raise ConfigError(f"{name}: expected task causal-lm, got {self.task}; leave {name} out")
+        if self.torch_compile and self.fsdp:
+            raise ConfigError("torch_compile: expected fsdp False beside it, got True; leave one of them out")
         for name in ("eval_steps", "early_stopping_patience"):
             if getattr(self, name) is not None and self.eval_data is None:
                 raise ConfigError(f"{name}: expected eval_data to evaluate on, got none; give a file")

@@ -16,6 +16,7 @@ from .adapter_io import adapter_of, fill
 from .attention import AttentionChoice
 from .batches import Row
 from .checkpoints import Checkpoints, State
+from .compiled import compile_body, compiler_errors, uncompiled
 from .curve import Curve, Evaluation, Step
 from .distributed import World, defer_sums, shard
 from .event_log import EventLog
@@ -50,8 +51,8 @@ class AdapterTrainer:
     A step draws ``batch_size * gradient_accumulation`` rows for each process. Its loss is the sum over all
     their labels, on all processes, divided by the number of those labels; so neither accumulation nor the
     number of processes changes what is learned, but for roundings and dropout's masks. Everything random is
-    a function of ``options.seed`` and the step: a run that goes on from a `State` repeats, on the CPU bit
-    for bit, what it would have done.
+    a function of ``options.seed`` and the step: a run that goes on from a `State` repeats, on the CPU and
+    uncompiled bit for bit, what it would have done.
 
     Args:
         model: with adapters injected; it is moved to the device of ``world``.
@@ -116,10 +117,12 @@ class AdapterTrainer:
         if self._observers.progress is not None:
             self._observers.progress(self.curve.done, self.steps, None)
         self.model.train()
-        if not self.finished:
+        # Compiled, layers share no input.
+        if not self.finished and not self.options.torch_compile:
             self._settle()
         while not self.finished:
-            step = self._step()
+            with compiler_errors(compiled=self.options.torch_compile):
+                step = self._step()
             self.curve.steps.append(step)
             if self._observers.log is not None:
                 self._observers.log.step(step)
@@ -235,7 +238,10 @@ class AdapterTrainer:
             return
         device = self._world.device
         self._attention.fuse()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16):
+        with (
+            uncompiled(compiled=self.options.torch_compile),
+            torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._bf16),
+        ):
             # Every process evaluates all: a sharded model needs them all. One answer decides for all.
             metrics = self._world.from_main(self._measure(self.model))
         assert metrics is not None
@@ -271,6 +277,8 @@ def _prepare(model: Any, options: FinetuneOptions, world: World) -> None:
         shard(model, world)
     else:
         model.to(world.device)
+    if options.torch_compile:
+        compile_body(model)
 
 
 def _seed(*key: int) -> int:

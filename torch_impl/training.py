@@ -38,7 +38,7 @@ def finetune(options: FinetuneOptions, progress: Progress | None = None) -> Fine
     where asked. Written, all or nothing: ``adapter_config.json``, ``adapter_model.safetensors``,
     ``training.json`` (options, versions, result), ``loss.csv`` and ``loss.png``. The model's folder is only
     read. On the CPU the same options on the same machine give the same adapter, bit for bit, also when the
-    run was interrupted, at whatever moment, and resumed.
+    run was interrupted, at whatever moment, and resumed (with ``torch_compile`` not when it was resumed).
 
     Checkpoints lie in ``<out>.checkpoints`` while the run lasts, and after an interruption.
 
@@ -54,7 +54,7 @@ def finetune(options: FinetuneOptions, progress: Progress | None = None) -> Fine
         FileError: the model or the data is missing, ``out`` is not empty, or a write failed.
         TargetError: no layer matches the targets.
         ConfigError: ``resume`` finds a run with other options, or an option does not suit the model, the
-            task, the processes or what is installed.
+            task, the processes or what is installed, such as a compiler.
         NonFiniteError: the loss diverged.
     """
     with joined() as world, _own_generators(world):

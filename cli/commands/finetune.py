@@ -160,6 +160,14 @@ def command(
         bool,
         typer.Option("--chunked-loss", help="The loss without all logits at once.", rich_help_panel=_MEMORY),
     ] = False,
+    torch_compile: Annotated[
+        bool,
+        typer.Option(
+            "--torch-compile",
+            help="Compile the model: a minute at first, then shorter steps where launching takes long.",
+            rich_help_panel=_MEMORY,
+        ),
+    ] = False,
     fsdp: Annotated[
         bool,
         typer.Option(
@@ -238,6 +246,7 @@ def command(
             gradient_accumulation=gradient_accumulation,
             gradient_checkpointing=gradient_checkpointing,
             chunked_loss=chunked_loss,
+            torch_compile=torch_compile,
             packing=packing,
             mask_probability=mask_probability,
             max_length=max_length,
