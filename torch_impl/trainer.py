@@ -161,7 +161,8 @@ class AdapterTrainer:
         passes = [self._drawn(draws) for draws in self._draws(epoch, at)]
         counts = [sum(row.learned for row in rows) if mine else 0 for rows, mine in passes]
         (labels,) = self._world.sum(sum(counts))
-        total = torch.zeros((), dtype=torch.float64)
+        # Added up where the losses are: to read one waits for its pass.
+        total = torch.zeros((), dtype=torch.float64, device=self._world.device)
         for index, (rows, mine) in enumerate(passes):
             defer_sums(self.model, index < len(passes) - 1)
             torch.manual_seed(_seed(self.options.seed, number, index, self._world.rank))
@@ -169,7 +170,7 @@ class AdapterTrainer:
             # Where a batch has no row for this process it runs another's, for the others' sake, for nothing.
             (loss if mine else loss * 0.0).backward()  # type: ignore[no-untyped-call]
             if mine:
-                total += loss.detach().double().cpu()
+                total += loss.detach().double()
         self._world.sum_gradients(self.optimizer.parameters)
         (mean,) = self._world.sum(float(total))
         norm = clip(self.optimizer.parameters, self.options.max_grad_norm)
