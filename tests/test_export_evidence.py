@@ -80,6 +80,14 @@ def test_latency(tmp_path: Path, ratios: dict[str, Any], verdict: Verdict, said:
     assert own.command == f"loracle bench {settings}"
 
 
+def test_the_command_of_a_latency_table_has_the_blocks_that_it_was_measured_with(tmp_path: Path) -> None:
+    document = bench()
+    document["effort"]["blocks"] = 12
+    assert found(tmp_path, LATENCY, document).command.endswith(
+        "--blocks 12 --provider cpu --dtype fp32 --rounds 8 --threads 2"
+    )
+
+
 def test_latency_stands_beside_the_paper_s(tmp_path: Path) -> None:
     own = found(tmp_path, LATENCY, bench())
     assert "LoRA, merged 1.008 [0.995, 1.020]; AdapterL 1.205 [1.190, 1.220]" in own.figure

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 
 from ..bench.methods import ADAPTER_H, ADAPTER_L, CONTROL, LABELS, MERGED, UNMERGED
+from ..bench.settings import Effort
 from . import numbers
 from .bench import Bench, Row
 from .charts import Measured, ratio_chart
@@ -29,6 +30,8 @@ def command_of(own: Bench) -> str:
         words += ["--layers", str(own.layers)]
     if own.blocks == 1 and own.window == _QUICK_WINDOW:
         words.append("--quick")
+    elif own.blocks != Effort().blocks:
+        words += ["--blocks", str(own.blocks)]
     words += ["--provider", own.provider, "--dtype", own.dtype, "--rounds", str(own.rounds)]
     return shlex.join([*words, "--threads", str(own.threads)])
 
