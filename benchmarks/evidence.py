@@ -42,8 +42,8 @@ STAGES = (
     Stage("bench", ("evidence_bench",), works=False),
     Stage("task", ("evidence_task",)),
     Stage("rank-library", ("evidence_rank", "--only", "library", "--seeds", "0,1,2")),
-    Stage("rank-translate", ("evidence_rank", "--only", "translate", "--seeds", "0,1")),
-    Stage("rank-summarize", ("evidence_rank", "--only", "summarize", "--seeds", "0,1")),
+    Stage("rank-translate", ("evidence_rank", "--only", "translate", "--seeds", "0")),
+    Stage("rank-summarize", ("evidence_rank", "--only", "summarize", "--seeds", "0")),
     Stage("intrinsic", ("evidence_intrinsic",)),
     Stage("intrinsic-said", ("evidence_intrinsic", "--projection", "said")),
 )
