@@ -31,13 +31,14 @@ def device(request: pytest.FixtureRequest) -> str:
 def opened(folder: Path, device: str) -> onnxruntime.InferenceSession:
     options: Any = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(folder / GRAPH_FILE), options, providers=providers_of(device))
+    path = str(folder / GRAPH_FILE)
+    session = onnxruntime.InferenceSession(path, options, providers=providers_of(device))
     assert device_of(session) == device
     return session
 
 
 def test_a_float16_decoder_answers_a_batch_inside_the_bound(tmp_path: Path, device: str) -> None:
-    """Prompts of all lengths, steps, and rows that are left out, with cache, tokens and mask on the device."""
+    """Prompts of all lengths, steps, rows that are left out: cache, tokens and mask are on the device."""
     base = make_model(tmp_path / "base")
     export(base, tmp_path / "onnx", dtype="fp16")
     session = DecoderSession(opened(tmp_path / "onnx", device), 12, batch=4)

@@ -22,6 +22,7 @@ class Row:
     ratio: float
     interval: tuple[float, float]
     seconds: float
+    base_seconds: float
     parameters: int
     parameter_bytes: int
     model_bytes: int
@@ -108,6 +109,7 @@ def _row(row: Fields) -> Row:
         row.positive("ratio"),
         row.interval("interval"),
         row.positive("seconds"),
+        row.positive("base_seconds"),
         row.least_one("parameters"),
         row.least_one("parameter_bytes"),
         row.least_one("model_bytes"),
