@@ -58,9 +58,9 @@ def test_a_compiled_run_learns_the_same_bits(
         assert np.array_equal(gradient, again[name]), name
     assert [step.loss for step in plain.curve.steps] == [step.loss for step in compiled.curve.steps]
     assert len({step.loss for step in plain.curve.steps}) == 4
-    # One for the first length, one for any other: the head and the loss, of as many tokens as are learned
-    # from, are not in it.
-    assert 1 <= counter.frame_count <= 2
+    # For the first length and for any other: the head and the loss, of as many tokens as are learned from, are
+    # not in it. A checkpointed body is traced twice, once for what its layers recompute.
+    assert 1 <= counter.frame_count <= (4 if options.get("gradient_checkpointing") else 2)
 
 
 def test_an_evaluation_compiles_nothing(tmp_path: Path, counter: CompileCounterWithBackend) -> None:
@@ -85,6 +85,8 @@ def test_a_model_that_cannot_be_compiled_is_one_line(tmp_path: Path, monkeypatch
         raise OSError("no compiler here")
 
     monkeypatch.setattr(trainer, "compile_body", partial(compile_body, backend=broken))
-    with pytest.raises(ConfigError, match=r"^torch_compile: expected .*no compiler here.*leave") as caught:
+    with pytest.raises(
+        ConfigError, match=r"^torch_compile: expected .*OSError: no compiler here; .*leave"
+    ) as caught:
         run_of(tmp_path, torch_compile=True).train()
     assert "\n" not in str(caught.value)

@@ -38,13 +38,15 @@ def compiler_errors(*, compiled: bool) -> Iterator[None]:
     if not compiled:
         yield
         return
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
 
     try:
         yield
     except TorchDynamoException as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        cause = error.inner_exception if isinstance(error, BackendCompilerFailed) else error
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), "")
         raise ConfigError(
             "torch_compile: expected a model and a compiler that torch.compile can use, got "
-            f"{reason.strip()}; install a C++ compiler and, for a GPU, triton, or leave torch_compile out"
+            f"{type(cause).__name__}: {reason}; install a C++ compiler and, for a GPU, triton, "
+            "or leave torch_compile out"
         ) from error
