@@ -58,8 +58,8 @@ def test_a_compiled_run_learns_the_same_bits(
         assert np.array_equal(gradient, again[name]), name
     assert [step.loss for step in plain.curve.steps] == [step.loss for step in compiled.curve.steps]
     assert len({step.loss for step in plain.curve.steps}) == 4
-    # For the first length and for any other: the head and the loss, of as many tokens as are learned from, are
-    # not in it. A checkpointed body is traced twice, once for what its layers recompute.
+    # For the first length and for any other: the head and the loss, of as many tokens as are learned from,
+    # are not in it. With checkpointing it is twice that, however deep the model is.
     assert 1 <= counter.frame_count <= (4 if options.get("gradient_checkpointing") else 2)
 
 
