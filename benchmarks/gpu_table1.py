@@ -243,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     settings = parse_settings(QUICK_SETTINGS if arguments.quick else "paper", base.num_parameters())
     result: dict[str, Any] = {
         "machine": describe_device(arguments.device),
-        "model": MODEL,
+        "model": "a small GPT-2" if arguments.quick else MODEL,
         "layers": base.config.n_layer,
         "dtype": str(base.dtype).removeprefix("torch."),
         "rounds": arguments.rounds,
