@@ -18,6 +18,8 @@ from pathlib import Path
 
 import torch
 
+from .gpu_options import RESULTS
+
 TESTS = "tests"
 PARTS = {
     "merge": ("gpu_merge", "gpu-merge.json"),
@@ -56,7 +58,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if arguments.device == "cpu" and not arguments.quick:
         parser.error("--device cpu: expected --quick beside it; on the CPU only small models are run")
     if arguments.out is None:
-        arguments.out = Path("build/gpu-quick" if arguments.quick else "benchmarks/results")
+        arguments.out = Path("build/gpu-quick") if arguments.quick else RESULTS
     return arguments
 
 

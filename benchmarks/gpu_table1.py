@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,12 +37,11 @@ from loracle.export.bench.settings import Setting, parse_settings
 from loracle.export.bench.sizes import adapter_h_parameters, adapter_l_parameters, nearest_rank
 from loracle.torch_impl import LoraConfig, inject, merge
 
-from .gpu_ceilings import seconds_of
+from .gpu_interleaved import in_turn
 from .gpu_machine import describe_device, require_cuda, write_result
 from .gpu_options import parsed, parser_of
 from .intervals import median_interval, ratio_text
 from .tables import plain_table
-from .train_step import chain
 from .train_step_parity import FACTOR
 from .train_step_subjects import shared_copy
 
@@ -183,25 +181,11 @@ def measure(base: Any, setting: Setting, rounds: int, device: str) -> list[dict[
     tokens = torch.randint(base.config.vocab_size, shape, generator=generator).to(device)
     check_parity(base, setting.parameters, tokens[:1])
     ways = {name: way_of(name, base, setting.parameters, zero=False) for name in (FULL, *WAYS)}
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
-    ratios: dict[str, list[float]] = {name: [] for name in WAYS}
-
-    def run_of(way: Way) -> Callable[[], float]:
-        def run() -> float:
-            seconds[way.name].append(seconds_of(lambda: way.forward(tokens), device))
-            return seconds[way.name][-1]
-
-        return run
-
     for way in ways.values():
         for _ in range(WARM_PASSES):
             way.forward(tokens)
-    runs = {name: run_of(way) for name, way in ways.items()}
-    gc.collect()
-    for round_ in range(rounds):
-        turn = WAYS[:: 1 if round_ % 2 == 0 else -1]
-        for name, ratio in zip(turn, chain(runs[FULL], [runs[name] for name in turn]), strict=True):
-            ratios[name].append(ratio)
+    calls = {name: partial(way.forward, tokens) for name, way in ways.items()}
+    seconds, ratios = in_turn(calls, rounds, device)
     return [
         {
             "batch": setting.batch,

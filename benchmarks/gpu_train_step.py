@@ -25,8 +25,9 @@ from __future__ import annotations
 import argparse
 import gc
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -34,11 +35,12 @@ import torch
 from rich.console import Console
 
 from .gpu_ceilings import Ceilings, ceilings_of, seconds_of
+from .gpu_interleaved import in_turn
 from .gpu_machine import describe_device, installed, require_cuda, write_result
 from .gpu_options import parsed, parser_of
 from .gpu_train_step_report import checks, checks_table, rows_table
 from .intervals import median_interval
-from .train_step import chain, flops
+from .train_step import flops
 from .train_step_parity import parity
 from .train_step_subjects import (
     ADAPTED,
@@ -104,16 +106,6 @@ def largest_batch(work: Workload, base: Any, case: Case, most: int = 256) -> int
     return batch
 
 
-def timed(own: Subject, tokens: torch.Tensor, device: str, seconds: list[float]) -> Callable[[], float]:
-    """A call that takes a step, and keeps and returns its seconds."""
-
-    def run() -> float:
-        seconds.append(seconds_of(lambda: own.step(tokens), device))
-        return seconds[-1]
-
-    return run
-
-
 def warm(own: Subject, tokens: torch.Tensor) -> None:
     """Take steps that do not count; raise SystemExit where a loss is not finite."""
     for _ in range(WARM_STEPS):
@@ -126,16 +118,10 @@ def measure(work: Workload, base: Any, case: Case, rounds: int) -> dict[str, dic
     """Seconds and ratios of each way, by name, the floor among them."""
     tokens = work.tokens(base.config.vocab_size)
     own = {name: subject(name, shared_copy(base), case_of(name, case)) for name in (FLOOR, *WAYS)}
-    seconds: dict[str, list[float]] = {name: [] for name in own}
-    ratios: dict[str, list[float]] = {name: [] for name in WAYS}
     for one in own.values():
         warm(one, tokens)
-    runs = {name: timed(one, tokens, work.device, seconds[name]) for name, one in own.items()}
-    gc.collect()
-    for round_ in range(rounds):
-        turn = WAYS[:: 1 if round_ % 2 == 0 else -1]
-        for name, ratio in zip(turn, chain(runs[FLOOR], [runs[name] for name in turn]), strict=True):
-            ratios[name].append(ratio)
+    calls = {name: partial(one.step, tokens) for name, one in own.items()}
+    seconds, ratios = in_turn(calls, rounds, work.device)
     for one in own.values():
         one.contexts.close()
     return {name: {"all_seconds": seconds[name], "ratios": ratios.get(name)} for name in own}

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
+from .providers import CPU
+
 Array = np.ndarray[Any, Any]
 
 
@@ -18,12 +20,12 @@ class HostInputs:
 
     Args:
         device: onnxruntime's name of where the session runs.
-        copied: whether the session reads copies.
+        copied: whether the session reads copies; None where it does not run on the CPU.
     """
 
-    def __init__(self, device: str, *, copied: bool) -> None:
+    def __init__(self, device: str, *, copied: bool | None = None) -> None:
         self._device = device
-        self._copied = copied
+        self._copied = device != CPU if copied is None else copied
         self._bound: dict[str, tuple[Array, onnxruntime.OrtValue]] = {}
 
     def bind(self, binding: onnxruntime.IOBinding, name: str, array: Array) -> None:

@@ -185,7 +185,7 @@ class Seq2SeqSession:
             binding.bind_ortvalue_input(past, value)
         self._tokens = np.zeros((self.rows, 1), np.int64)
         self._past_length = np.zeros(1, np.int64)
-        self._inputs = HostInputs(self._device, copied=self._device != CPU)
+        self._inputs = HostInputs(self._device)
         self._inputs.bind(binding, INPUT_IDS, self._tokens)
         binding.bind_cpu_input(ENCODER_MASK, mask)
         # `bind_cpu_input` does not know the inputs that need not be given.

@@ -231,7 +231,7 @@ class DecoderSession:
         self._host_cache = cache if self._device == CPU else []
         self._cache = [onnxruntime.OrtValue.ortvalue_from_numpy(array, self._device, 0) for array in cache]
         self._binding = self._new_binding()
-        self._inputs = HostInputs(self._device, copied=self._device != CPU)
+        self._inputs = HostInputs(self._device)
         for past, present, value in zip(self._past, self._present, self._cache, strict=True):
             self._binding.bind_ortvalue_input(past, value)
             self._binding.bind_ortvalue_output(present, value)

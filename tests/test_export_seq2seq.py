@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -197,9 +198,7 @@ def test_what_is_copied_to_a_device_is_what_the_arrays_hold(
         return [session.prefill(SOURCES).copy(), *(session.decode(own).copy() for own in FOLLOWING.T)]
 
     expected = answers()
-    monkeypatch.setattr(
-        seq2seq_session, "HostInputs", lambda device, *, copied: HostInputs(device, copied=True)
-    )
+    monkeypatch.setattr(seq2seq_session, "HostInputs", partial(HostInputs, copied=True))
     for own, other in zip(answers(), expected, strict=True):
         np.testing.assert_array_equal(own, other)
 

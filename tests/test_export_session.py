@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -217,9 +218,7 @@ def test_what_is_copied_to_a_device_is_what_the_arrays_hold(
         return found
 
     expected = answers()
-    monkeypatch.setattr(
-        session_module, "HostInputs", lambda device, *, copied: HostInputs(device, copied=True)
-    )
+    monkeypatch.setattr(session_module, "HostInputs", partial(HostInputs, copied=True))
     for own, other in zip(answers(), expected, strict=True):
         np.testing.assert_array_equal(own, other)
 
