@@ -35,7 +35,7 @@ FLOAT64, INTERPRETED, COMPILED = "float64", "interpreted", "compiled"
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where tensors lie, with the first stage that the parameter names."""
     way = request.param
-    monkeypatch.setattr(device_merge, "_has_kernel", lambda device: way != FLOAT64)
+    monkeypatch.setattr(device_merge, "has_triton", lambda device: way != FLOAT64)
     if way == INTERPRETED:
         triton = pytest.importorskip("triton")
         if not triton.knobs.runtime.interpret:
@@ -145,7 +145,7 @@ def test_several_adapters_on_their_rows(device: str, dtype: torch.dtype) -> None
 
 
 def test_more_than_the_first_stage_has_room_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device_merge._has_kernel(device):
+    if device_merge.has_triton(torch.device(device)):
         monkeypatch.setattr(f"{KERNEL}._FOUND_LEAST", 2)
         monkeypatch.setattr(f"{KERNEL}._FOUND_SHARE", 1 << 20)
     monkeypatch.setattr(device_merge, "_TILE_ENTRIES", 30)

@@ -9,6 +9,7 @@ from loracle.reference import ConfigError, DataError, DTypeError, ShapeError, Ta
 
 from .encoding import IGNORED
 from .function_rules import compute_dtype
+from .triton_kernels import has_triton
 
 CPU_CHUNK_BYTES = 64 * 2**20
 """What a chunk takes on the CPU by default: some 340 rows of 50,000 logits in float32. With a quarter of that
@@ -42,8 +43,9 @@ def chunked_cross_entropy(
 
     Memory beside the arguments, with N rows, V the vocabulary and s the bytes of the dtype of the products:
     ``rows * V * b`` for a chunk, N d s for the gradient, and V d s where autocast has to cast the weight.
-    b is 4 in float32, 8 in float64, 2 + 4 in 16 bits but on the CPU 2, and `CPU_BLOCK_BYTES` once; rows is
-    ``chunk_bytes / (V b)``, but at least 1.
+    b is 4 in float32 and 8 in float64; in 16 bits 2 where a kernel is used, 2 on the CPU, and
+    `CPU_BLOCK_BYTES` once, and 2 + 4 elsewhere; rows is ``chunk_bytes / (V b)``, but at least 1. The kernel,
+    `softmax_kernel`, is for CUDA where Triton is, but not for float64.
 
     Args:
         hidden: (N, d).
@@ -101,9 +103,11 @@ def _loss_and_gradient(
     at = (targets != IGNORED).nonzero().squeeze(1)
     wanted = targets[at]
     _check_targets(wanted, vocabulary)
-    # In 16 bits the exponentials need room of their own: for the whole chunk where every call is costly.
-    in_blocks = dtype is not wide and device.type == "cpu"
-    entry = wide.itemsize if dtype is wide else dtype.itemsize + (0 if in_blocks else wide.itemsize)
+    kernel = dtype is not torch.float64 and has_triton(device)
+    # In 16 bits torch's exponentials need room of their own: for the whole chunk where every call is costly.
+    in_place = dtype is wide or kernel
+    in_blocks = not in_place and device.type == "cpu"
+    entry = dtype.itemsize + (0 if in_place or in_blocks else wide.itemsize)
     rows = _rows(len(at), chunk_bytes // (vocabulary * entry))
     block = max(1, CPU_BLOCK_BYTES // (vocabulary * wide.itemsize)) if in_blocks else rows
     losses = torch.empty(len(at), 1, dtype=wide, device=device)
@@ -113,7 +117,7 @@ def _loss_and_gradient(
     weight, bias = weight.to(dtype), None if bias is None else bias.to(dtype)
     # Made once: to map and zero new pages for every chunk takes as long as a pass over it.
     logits = torch.empty(rows, vocabulary, dtype=dtype, device=device)
-    exponents = logits if dtype is wide else torch.empty_like(logits[:block], dtype=wide)
+    exponents = logits if in_place else torch.empty_like(logits[:block], dtype=wide)
     for start in range(0, len(at), rows):
         part = slice(start, min(start + rows, len(at)))
         x, target = hidden[at[part]].to(dtype), wanted[part, None]
@@ -122,23 +126,28 @@ def _loss_and_gradient(
             torch.mm(x, weight.t(), out=z)
         else:
             torch.addmm(bias, x, weight.t(), out=z)
-        if dtype is wide:
+        total: Tensor | None = None
+        if kernel:
+            from .softmax_kernel import softmax_errors
+
+            softmax_errors(z, wanted[part], fraction, losses[part], write=needs_gradient)
+        elif dtype is wide:
             losses[part], total = _exponentiate(z, target, z)
             if needs_gradient:
                 # softmax is z / total; to divide the product of d columns instead saves a pass over V.
                 z.scatter_add_(1, target, -total)
-                gradient[at[part]] = torch.mm(z, weight).div_(total)
-            continue
-        for first in range(0, len(x), block):
-            own = slice(first, first + block)
-            e = exponents[: len(z[own])]
-            losses[part][own], total = _exponentiate(z[own], target[own], e)
-            if needs_gradient:
-                e.mul_((total * fraction).reciprocal_())
-                e.scatter_add_(1, target[own], -fraction.reciprocal().expand_as(total))
-                z[own] = e
+        else:
+            for first in range(0, len(x), block):
+                own = slice(first, first + block)
+                e = exponents[: len(z[own])]
+                losses[part][own], sums = _exponentiate(z[own], target[own], e)
+                if needs_gradient:
+                    e.mul_((sums * fraction).reciprocal_())
+                    e.scatter_add_(1, target[own], -fraction.reciprocal().expand_as(sums))
+                    z[own] = e
         if needs_gradient:
-            gradient[at[part]] = torch.mm(z, weight)
+            product = torch.mm(z, weight)
+            gradient[at[part]] = product if total is None else product.div_(total)
     return losses.sum() / divisor, gradient
 
 

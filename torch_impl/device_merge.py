@@ -8,8 +8,6 @@ gives the correct rounding or none, so which of them an entry goes through canno
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -24,6 +22,7 @@ from loracle.reference.single_entries import single_entries
 from .arrays import array_of, tensor_of
 from .device_factors import DeviceFactors, DeviceLowRank, device_ranges
 from .rounding import BITS, round_float64
+from .triton_kernels import has_triton
 from .update import LoraUpdate
 
 _TILE_ENTRIES = 1 << 22
@@ -105,17 +104,12 @@ def _start(factors: DeviceFactors, W0: Tensor, merged: Tensor) -> _Part:
         merged.copy_(W0)
         nothing = torch.empty(0, dtype=torch.int64, device=W0.device)
         return _Part(factors, W0, merged, nothing, torch.stack([nothing.sum(), W0.isfinite().all().long()]))
-    if not _has_kernel(W0.device.type):
+    if not has_triton(W0.device):
         return _Part(factors, W0, merged, None, factors.finite().long().expand(2))
     from .merge_kernel import merge_all
 
     found, count = merge_all(factors, W0, merged)
     return _Part(factors, W0, merged, found, torch.stack([count.view(()).long(), factors.finite().long()]))
-
-
-@cache
-def _has_kernel(device: str) -> bool:
-    return device == "cuda" and find_spec("triton") is not None
 
 
 def _finish(part: _Part) -> bool:

@@ -1,0 +1,41 @@
+"""Triton's kernels compile for GPUs that need not be here, and move 16 bytes at a time."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+PROGRAM = Path(__file__).with_name("compile_kernels.py")
+WIDE_LOAD, WIDE_STORE = "ld.global.v4.b32", "st.global.v4.b32"
+
+
+@pytest.fixture(scope="module")
+def instructions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """Of each kernel, variant and architecture, those that load and store global memory."""
+    cache = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [sys.executable, str(PROGRAM)],
+        env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    found: dict[str, list[str]] = json.loads(done.stdout)
+    return found
+
+
+def test_all_variants_compile_to_machine_code(instructions: dict[str, list[str]]) -> None:
+    kinds = [f"softmax {dtype} {way}" for dtype in ("fp32", "bf16", "fp16") for way in ("write", "read")]
+    kinds += [f"merge {dtype} wide=True" for dtype in ("fp32", "bf16", "fp16")] + ["merge bf16 wide=False"]
+    assert set(instructions) == {f"{kind} sm_{number}" for kind in kinds for number in (80, 90)}
+
+
+def test_the_large_operands_move_16_bytes_at_a_time(instructions: dict[str, list[str]]) -> None:
+    # Entry by entry, 2 bytes each, a kernel is far from the bandwidth.
+    for name, found in instructions.items():
+        assert WIDE_LOAD in found, name
+        assert (WIDE_STORE in found) == (" read " not in name), name
+        assert "st.global.b16" not in found, name
