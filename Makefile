@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 NODE := tests/consumers/node
-SOURCES := reference files torch_impl export serve cli demo
+SOURCES := reference files torch_impl export serve cli demo benchmarks
 export TOKENIZERS_PARALLELISM := false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 

@@ -48,7 +48,7 @@ from loracle.demo.smollm2 import model_folder
 from .bandwidth import read_bandwidth
 from .decode_folders import Folders, make_folders, prompt
 from .decode_parity import Prompt, Text, differences
-from .decode_report import Times, checks, checks_table, differences_table, row_of, rows_table
+from .decode_report import checks, checks_table, differences_table, row_of, rows_table
 from .decode_ways import (
     BASE,
     CONTROL,
@@ -66,7 +66,7 @@ from .decode_ways import (
     ours,
     ours_forced,
 )
-from .interleaved import Seconds, chain, timed
+from .interleaved import Seconds, Times, chain, timed
 from .llama_model import LlamaShape, write_llama
 from .machine import describe
 from .peers import PEERS_PYTHON, check_python

@@ -71,8 +71,8 @@ def classification_files(
         ]
         write_atomic(path, "".join(lines).encode())
     versions = ", ".join(f"{name} {version}" for name, version in package_versions(libraries).items())
-    rows_of = [count * len(libraries) for count in counts]
-    return ClassificationFiles(*paths, *rows_of, tuple(libraries), f"docstrings of {versions}")
+    train_rows, test_rows = (count * len(libraries) for count in counts)
+    return ClassificationFiles(*paths, train_rows, test_rows, tuple(libraries), f"docstrings of {versions}")
 
 
 def files_in(work: Path, *, quick: bool) -> ClassificationFiles:

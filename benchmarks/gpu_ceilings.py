@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
@@ -42,12 +43,13 @@ def seconds_of(run: Callable[[], object], device: str) -> float:
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first, last = (cast(Any, torch.cuda.Event)(enable_timing=True) for _ in range(2))
     first.record()
     run()
     last.record()
     last.synchronize()
-    return first.elapsed_time(last) / 1e3
+    milliseconds: float = first.elapsed_time(last)
+    return milliseconds / 1e3
 
 
 def median_seconds(run: Callable[[], object], device: str, repeats: int = _REPEATS) -> float:

@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse(argv)
     require_cuda(arguments.device)
     say = Console(stderr=True).print
-    small = {"layers": 2, "vocabulary": 512, "batch": 2} if arguments.quick else {"batch": 1}
+    small: dict[str, Any] = {"layers": 2, "vocabulary": 512, "batch": 2} if arguments.quick else {"batch": 1}
     ceilings = ceilings_of(arguments.device, quick=arguments.quick)
     result: dict[str, Any] = {
         "machine": describe_device(arguments.device),

@@ -134,7 +134,8 @@ def compared(p: Problem, name: str, precision: Precision) -> Iterator[Pair]:
 
 
 def off(computed: Tensor, exact: Array) -> Array:
-    return np.abs(computed.double().numpy() - exact).astype(np.float64)
+    error: Array = np.abs(computed.double().numpy() - exact).astype(np.float64)
+    return error
 
 
 def rows(problems: int) -> list[dict[str, Any]]:

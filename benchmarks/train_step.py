@@ -208,7 +208,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(arguments.threads)
     say = Console(stderr=True).print
     chosen = cases(arguments.targets, arguments.rank, arguments.dropout, every=arguments.all)
-    size = {"layers": 2, "vocabulary": 512, "batch": 2, "length": 16} if arguments.quick else {}
+    size: dict[str, Any] = (
+        {"layers": 2, "vocabulary": 512, "batch": 2, "length": 16} if arguments.quick else {}
+    )
     result: dict[str, Any] = {
         "machine": describe("torch", "transformers", "peft", "loralib"),
         "threads": arguments.threads,

@@ -65,7 +65,7 @@ def make_candidate(kind: str, model: Model, base: Path, adapter: Path, out: Path
 
 def verify_command(base: Path, adapter: Path, candidate: Path, certificate: Path | None) -> list[str]:
     """The command, which ends with 0 where the candidate passes; with a certificate it digests all files."""
-    written = [] if certificate is None else ["--certificate", certificate]
+    written: list[str | Path] = [] if certificate is None else ["--certificate", certificate]
     return _loracle("verify", candidate, "--model", base, "--adapter", adapter, "--no-outputs", *written)
 
 
