@@ -79,7 +79,7 @@ class Sessions:
         self._sessions: dict[str, Any] = {}
 
     def load(self, task: str) -> None:
-        from loracle.export.session import open_session
+        from loracle.export.opening import open_session
 
         graph = self._graph(task)
         self._sessions[task] = (

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     from .exporter import ExportSummary, export
     from .generation import generate, greedy
     from .growing_session import open_decoder
+    from .opening import open_session
     from .sampling import Sampling
     from .seq2seq_session import Seq2SeqSession
-    from .session import DecoderSession, open_session
+    from .session import DecoderSession
     from .text import TextModel
     from .verification.report import Check, VerifyReport
     from .verification.verify import verify
@@ -36,7 +37,7 @@ _HOMES = {
     "generate": "generation",
     "greedy": "generation",
     "open_decoder": "growing_session",
-    "open_session": "session",
+    "open_session": "opening",
     "verify": "verification.verify",
 }
 

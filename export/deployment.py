@@ -17,12 +17,14 @@ import onnxruntime
 from loracle.reference import ConfigError, DataError, FileError
 
 from .answers import Answer, answer_prompts
+from .context import check_capacity, context_length
 from .growing_session import open_decoder
 from .loaded_task import LoadedTask, check_inputs, load_task, map_task, signature_of
 from .names import GRAPH_FILE, SWAPPABLE_FILE
+from .opening import REFUSALS, open_session
 from .providers import device_of
 from .sampling import Sampling
-from .session import REFUSALS, DecoderSession, check_capacity, context_length, open_session
+from .session import DecoderSession
 from .task_names import bound_file, bound_names, is_name
 from .text import TextModel
 

@@ -21,7 +21,7 @@ from loracle.reference import ConfigError, DataError, FileError
 from .deployment import Deployment
 from .encoder_inputs import text_inputs
 from .names import ATTENTION_MASK, LOGITS, model_folder
-from .session import open_session
+from .opening import open_session
 from .tasks import Task, task_of
 from .text import TextModel
 from .texts import Texts

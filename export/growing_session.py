@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
+from .context import check_capacity
 from .names import ATTENTION_MASK, INPUT_IDS, LOGITS
+from .opening import grows, open_session
 from .prompts import require_one_a_row, require_rows
-from .session import Array, DecoderSession, check_capacity, grows, open_session
+from .session import Array, DecoderSession
 
 
 class GrowingSession(DecoderSession):

@@ -24,7 +24,7 @@ from loracle.reference import ConfigError, FileError
 
 from .external import load_graph
 from .names import DATA_FILE, GRAPH_FILE, SWAPPABLE_FILE
-from .session import open_graph
+from .opening import open_graph
 from .swappable import swapped_names, with_inputs
 
 Array = np.ndarray[Any, Any]

@@ -28,7 +28,7 @@ from .names import (
     PAST_LENGTH,
     cross_names,
 )
-from .session import DTYPES, open_session
+from .opening import DTYPES, open_session
 
 _START = ("decoder_start_token_id", "bos_token_id")
 _FORCED = "forced_bos_token_id"

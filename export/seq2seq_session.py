@@ -26,10 +26,10 @@ from .names import (
     PAST_LENGTH,
     cross_names,
 )
+from .opening import DTYPES
 from .prompts import padded, require_one_a_row, require_rows
 from .providers import CPU, device_of
 from .seq2seq_model import Seq2SeqModel, open_seq2seq
-from .session import DTYPES
 
 Array = np.ndarray[Any, Any]
 

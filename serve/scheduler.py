@@ -8,7 +8,7 @@ from threading import Condition, Thread
 
 from loracle.export.deployment import Deployment
 from loracle.export.generation import generate
-from loracle.export.session import REFUSALS
+from loracle.export.opening import REFUSALS
 from loracle.reference import LoracleError
 
 from .batches import BatchLimits, capacity, choose

@@ -7,8 +7,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from loracle.export.context import context_length
 from loracle.export.deployment import Deployment
-from loracle.export.session import context_length
 from loracle.reference import ConfigError, DataError
 
 from .asked import Asked, chat_asked, completion_asked

@@ -21,7 +21,7 @@ from refusal import refused
 
 from loracle.export import export
 from loracle.export.external import load_graph
-from loracle.export.session import open_session
+from loracle.export.opening import open_session
 from loracle.export.tasks import TASKS, Task
 from loracle.export.texts import Texts
 from loracle.export.verification.foreign_inputs import Interface, Role, read_interface

@@ -20,9 +20,9 @@ from refusal import refused
 
 from loracle.export import DecoderSession, export, open_session
 from loracle.export import session as session_module
+from loracle.export.context import context_length
 from loracle.export.host_inputs import HostInputs
 from loracle.export.names import GRAPH_FILE, LOGITS_TO_KEEP
-from loracle.export.session import context_length
 from loracle.export.verification.truth import Float64Model
 from loracle.reference import ConfigError, DataError, FileError, ShapeError
 

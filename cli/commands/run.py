@@ -177,7 +177,7 @@ def _opened(
 
 def _room(model: Path, prompts: list[list[int]], wanted: int | None) -> int:
     """Most new tokens: those wanted, if the model's context has room for them beside the longest prompt."""
-    from loracle.export.session import context_length
+    from loracle.export.context import context_length
 
     lengths = [len(prompt) for prompt in prompts]
     if 0 in lengths:

@@ -19,8 +19,8 @@ import onnxruntime
 from loracle.reference import ConfigError, FileError
 
 from ..names import ATTENTION_MASK, INPUT_IDS, LOGITS, PAST, TOKEN_TYPE_IDS, past_names, present_names
+from ..opening import DTYPES, REFUSALS, grows
 from ..providers import PROVIDERS, providers_of
-from ..session import DTYPES, REFUSALS, grows
 from .graphs import MethodGraph
 from .settings import DECODE, PREFILL, Setting
 

@@ -15,7 +15,7 @@ from loracle.reference import FileError
 
 from ..encoder_inputs import Feeds, image_inputs, text_inputs
 from ..names import ATTENTION_MASK, INPUT_IDS, LAST_HIDDEN_STATE, PIXEL_VALUES, TOKEN_TYPE_IDS
-from ..session import open_session
+from ..opening import open_session
 from ..tasks import Task
 from ..texts import Texts
 from .candidate import Candidate

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from loracle.files import Adapter
 
-from ..session import open_graph
+from ..opening import open_graph
 from ..tasks import Task
 from ..texts import Texts
 from .foreign_inputs import Interface

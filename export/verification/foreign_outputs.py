@@ -14,7 +14,7 @@ from loracle.reference import ConfigError, ShapeError
 
 from ..encoder_inputs import FROM_PADDING, Feeds, image_inputs, positions_of, text_inputs
 from ..names import ATTENTION_MASK, INPUT_IDS, PIXEL_VALUES, TOKEN_TYPE_IDS
-from ..session import open_session
+from ..opening import open_session
 from ..tasks import Task
 from ..texts import Texts
 from .encoder_check import judge_answers

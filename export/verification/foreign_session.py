@@ -10,7 +10,7 @@ import onnxruntime
 
 from loracle.reference import FileError
 
-from ..session import REFUSALS
+from ..opening import REFUSALS
 from .foreign_inputs import Interface, Role
 
 Array = np.ndarray[Any, Any]

@@ -14,7 +14,7 @@ from loracle.files import Adapter
 from ..generation import OneText, greedy
 from ..growing_session import open_decoder
 from ..loaded_task import load_task
-from ..session import open_session
+from ..opening import open_session
 from .candidate import Candidate
 from .quality import Quality, measure_quality
 from .report import Check
