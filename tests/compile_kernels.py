@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from loracle.torch_impl import merge_kernel, softmax_kernel
+from loracle.torch_impl import merge_kernel, prove_kernel, softmax_kernel
 
 FLOATS = {"fp32": 0, "bf16": 1, "fp16": 2}
 ALIGNED = [["tt.divisibility", 16]]
@@ -42,16 +42,27 @@ def variants() -> Iterator[tuple[str, ASTSource, int]]:
                 source(softmax_kernel._softmax_errors, pointers, constants),
                 16,
             )
+        stored = "*i16" if name == "bf16" else f"*{name}"
         for wide in (True, False) if name == "bf16" else (True,):
-            stored = "*i16" if name == "bf16" else f"*{name}"
-            factors = ("A", "Bt", "row_norms", "column_norms", "coefficients")
-            pointers = dict.fromkeys(factors, "*fp64" if wide else "*fp32")
-            pointers |= {"W0": stored, "merged": stored, "found": "*i64", "count": "*i32"}
-            blocks = {"BLOCK_ROWS": 32 if wide else 64, "BLOCK_COLUMNS": 128}
-            # Triton takes a stride of 1 for a constant by itself.
-            strides = {"W0_column": 1, "merged_column": 1}
-            constants = {"R": 16, "KIND": kind, "WIDE": wide, **blocks, **strides}
-            yield f"merge {name} wide={wide}", source(merge_kernel._merge, pointers, constants), 8
+            for whole in (True, False):
+                yield f"merge {name} wide={wide} whole={whole}", merge_source(stored, kind, wide, whole), 4
+        factors = ("A", "B", "row_norms", "column_norms", "error")
+        pointers = dict.fromkeys(factors, "*fp64") | {"W0": stored, "merged": stored}
+        pointers |= {"found": "*i64", "left": "*i1"}
+        yield f"prove {name}", source(prove_kernel._prove, pointers, {"KIND": kind, "BLOCK": 128}), 4
+
+
+def merge_source(stored: str, kind: int, wide: bool, whole: bool) -> ASTSource:
+    """The merge's kernel at r = 16."""
+    factors = ("A", "Bt", "row_norms", "slopes", "offsets", "error")
+    pointers = dict.fromkeys(factors, "*fp64" if wide else "*fp32")
+    pointers |= {"W0": stored, "merged": stored, "marks": "*u8"}
+    rows, columns = merge_kernel.block_of(wide)
+    constants = {"R": 16, "STEP": 16, "KIND": kind, "WIDE": wide, "WHOLE": whole}
+    constants |= {"BLOCK_ROWS": rows, "BLOCK_COLUMNS": columns}
+    # Triton takes a stride of 1 for a constant by itself.
+    constants |= {"W0_column": 1, "merged_column": 1}
+    return source(merge_kernel._merge, pointers, constants)
 
 
 def main() -> None:

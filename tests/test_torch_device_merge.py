@@ -25,7 +25,6 @@ from loracle.torch_impl.layer import LoraLayer
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-KERNEL = "loracle.torch_impl.merge_kernel"
 FLOAT64, INTERPRETED, COMPILED = "float64", "interpreted", "compiled"
 
 
@@ -144,16 +143,48 @@ def test_several_adapters_on_their_rows(device: str, dtype: torch.dtype) -> None
     assert same_bits(merged(W0, [], device), W0)
 
 
-def test_more_than_the_first_stage_has_room_for(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if device_merge.has_triton(torch.device(device)):
-        monkeypatch.setattr(f"{KERNEL}._FOUND_LEAST", 2)
-        monkeypatch.setattr(f"{KERNEL}._FOUND_SHARE", 1 << 20)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_product_with_a_zero_leaves_a_zeros_sign(device: str, dtype: torch.dtype) -> None:
+    W0, adapter = problem(9, 40, 48, 2, dtype)
+    W0[:, ::2] = -0.0
+    adapter.A[:, ::3] = 0
+    adapter.B[::5] = -0.0
+    result = merged(W0, [adapter], device)
+    assert result[:, ::6].signbit().all()
+    assert result[::5, ::2].signbit().all()
+
+
+def test_where_most_entries_are_left_all_are_evaluated_anew(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    anew: list[int] = []
+    tiles = device_merge._tiles_in_float64
+    monkeypatch.setattr(device_merge, "_tiles_in_float64", lambda part: anew.append(1) or tiles(part))
     monkeypatch.setattr(device_merge, "_TILE_ENTRIES", 30)
     monkeypatch.setattr(device_merge, "_PRODUCTS_AT_ONCE", 6)
     W0, adapter = problem(4, 12, 10, 3, torch.bfloat16)
     merged(torch.zeros_like(W0), [DeviceLowRank(adapter.A, torch.zeros_like(adapter.B), 1.0)], device)
+    assert anew == [1]
     merged(torch.zeros_like(W0), [adapter], device)
     merged(W0, [adapter], device)
+    assert anew == [1] if device_merge.has_triton(torch.device(device)) else [1, 1, 1]
+    # All of these are found without.
+    monkeypatch.setattr(device_merge, "_MARKED_SHARE", 1)
+    merged(torch.zeros_like(W0), [DeviceLowRank(adapter.A, torch.zeros_like(adapter.B), 1.0)], device)
+    assert len(anew) == (1 if device_merge.has_triton(torch.device(device)) else 4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(64, 64), (128, 192), (64, 65), (65, 64), (7, 9)])
+def test_blocks_that_are_whole_and_those_that_are_not(
+    device: str, dtype: torch.dtype, shape: tuple[int, int]
+) -> None:
+    W0, adapter = problem(6, *shape, 17, dtype)
+    merged(W0, [adapter], device)
+    # A part of a larger tensor: its rows lie further apart.
+    wide = torch.zeros(shape[0], shape[1] + 3, dtype=dtype)
+    wide[:, : shape[1]] = W0
+    merged(wide[:, : shape[1]], [adapter], device)
 
 
 def test_few_entries_are_left_by_each_stage(device: str, monkeypatch: pytest.MonkeyPatch) -> None:

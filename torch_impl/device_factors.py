@@ -74,10 +74,6 @@ class DeviceFactors:
         """(in,), at least the Euclidean norms of A's columns."""
         return _norm_bound(self.A, dim=0)
 
-    def finite(self) -> Tensor:
-        """Return whether all are finite, a bool on the device."""
-        return self.A.isfinite().all() & self.B.isfinite().all()
-
     def of_entries(self, i: Tensor, j: Tensor) -> Factors:
         """Return those of single entries on the host: row and column n of their update are i[n] and j[n]."""
         groups = tuple((array_of(A[:, j]), array_of(B[i]), scaling) for A, B, scaling in self._groups)
@@ -97,5 +93,5 @@ def device_ranges(
 def _norm_bound(matrix: Tensor, dim: int) -> Tensor:
     """As `loracle.reference.factors.norm_bound`."""
     count = matrix.shape[dim]
-    norms: Tensor = matrix.square().sum(dim).sqrt()
+    norms: Tensor = torch.linalg.vector_norm(matrix, dim=dim)
     return norms * (1 + (count + 4) * 2.0**-53) + math.sqrt(count) * 2.0**-510

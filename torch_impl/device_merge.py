@@ -27,6 +27,9 @@ from .update import LoraUpdate
 
 _TILE_ENTRIES = 1 << 22
 _PRODUCTS_AT_ONCE = 1 << 24
+_MARKED_SHARE = 4
+"""Where more than one of so many bytes of marks is not zero, all entries are evaluated anew: their indices
+would take more memory than the weight."""
 _FLOAT64 = np.dtype(np.float64)
 
 
@@ -50,16 +53,14 @@ class _Part:
     Attributes:
         factors: of its update.
         W0, merged: (rows, in); the second is written.
-        found: flat indices of entries that are not proven, in any order; None where nothing is written yet.
-        count: of them, which may be more than ``found`` holds, and whether all operands are finite; (2,),
-            int64.
+        marks: of entries that are not proven, as `merge_kernel.merge_all` returns them; None where nothing is
+            written yet.
     """
 
     factors: DeviceFactors
     W0: Tensor
     merged: Tensor
-    found: Tensor | None
-    count: Tensor
+    marks: Tensor | None
 
 
 class DeviceMerge:
@@ -102,27 +103,30 @@ def _start(factors: DeviceFactors, W0: Tensor, merged: Tensor) -> _Part:
     """Launch the first stage, where it is one kernel."""
     if not factors.r:
         merged.copy_(W0)
-        nothing = torch.empty(0, dtype=torch.int64, device=W0.device)
-        return _Part(factors, W0, merged, nothing, torch.stack([nothing.sum(), W0.isfinite().all().long()]))
-    if not has_triton(W0.device):
-        return _Part(factors, W0, merged, None, factors.finite().long().expand(2))
+    if not factors.r or not has_triton(W0.device):
+        return _Part(factors, W0, merged, None)
     from .merge_kernel import merge_all
 
-    found, count = merge_all(factors, W0, merged)
-    return _Part(factors, W0, merged, found, torch.stack([count.view(()).long(), factors.finite().long()]))
+    return _Part(factors, W0, merged, merge_all(factors, W0, merged))
 
 
 def _finish(part: _Part) -> bool:
     """Run the other stages; return whether all numbers are finite."""
-    count, finite = part.count.tolist()
-    if not finite:
-        return False
-    found = part.found
-    if found is None or count > len(found):
-        left = [_settle(part, found) for found in _tiles_in_float64(part)]
-    else:
-        left = [_settle(part, found[:count])]
-    return all(left)
+    if not part.factors.r:
+        return bool(part.W0.isfinite().all())
+    if part.marks is not None:
+        groups = torch.nonzero(part.marks)
+        if len(groups) * _MARKED_SHARE <= part.marks.numel():
+            return _settle(part, _marked(part.marks, groups, part.merged.shape[1]))
+    return all(_settle(part, found) for found in _tiles_in_float64(part))
+
+
+def _marked(marks: Tensor, groups: Tensor, columns: int) -> Tensor:
+    """Return the flat indices of the entries that are marked, of bytes at ``groups``, (n, 2)."""
+    i, group = groups.unbind(1)
+    bits = torch.arange(8, dtype=torch.uint8, device=marks.device)
+    at, bit = torch.nonzero((marks[i, group, None] >> bits) & 1, as_tuple=True)
+    return i[at] * columns + group[at] * 8 + bit
 
 
 def _tiles_in_float64(part: _Part) -> Iterator[Tensor]:
@@ -144,30 +148,36 @@ def _settle(part: _Part, found: Tensor) -> bool:
     columns = max(1, part.merged.shape[1])
     step = max(1, _PRODUCTS_AT_ONCE // max(1, part.factors.r))
     for some in torch.split(found, step):
-        i, j = some // columns, some % columns
-        left = _prove(part, i, j)
-        if len(left) and not _merge_on_host(part, i[left], j[left]):
+        left = some[_prove(part, some)]
+        if len(left) and not _merge_on_host(part, left // columns, left % columns):
             return False
     return True
 
 
-def _prove(part: _Part, i: Tensor, j: Tensor) -> Tensor:
-    """Write single entries in float64; return which of them are not proven."""
-    factors, W0 = part.factors, part.W0[i, j]
-    b, a, w = factors.B[i], factors.A[:, j].t(), W0.double()
+def _prove(part: _Part, found: Tensor) -> Tensor:
+    """Write the entries at flat indices in float64; return where they are not proven."""
+    factors, W0, merged = part.factors, part.W0, part.merged
+    if len(found) and has_triton(W0.device):
+        from .prove_kernel import prove
+
+        return prove(factors, W0, merged, found)
+    i, j = found // max(1, W0.shape[1]), found % max(1, W0.shape[1])
+    b, a, stored = factors.B[i], factors.A[:, j].t(), W0[i, j]
+    w = stored.double()
     value = w + (b * a).sum(1)
     low, high = _ends(value, _error(factors, value, factors.row_norms[i], factors.column_norms[j]), W0.dtype)
     # An update of exactly zero keeps W0's number, the sign of a zero with it.
-    zero = ((b == 0) | (a == 0)).all(1) & w.isfinite()
-    part.merged[i, j] = torch.where(zero, W0, low)
-    return torch.nonzero(~(zero | _same(low, high))).view(-1)
+    finite = w.isfinite() & b.isfinite().all(1) & a.isfinite().all(1)
+    zero = ((b == 0) | (a == 0)).all(1) & finite
+    merged[i, j] = torch.where(zero, stored, low)
+    return ~(zero | _same(low, high))
 
 
 def _merge_on_host(part: _Part, i: Tensor, j: Tensor) -> bool:
     """Write single entries by the reference; return whether all are finite."""
-    w, factors = array_of(part.W0[i, j]), part.factors.of_entries(i, j)
-    if not np.isfinite(w.astype(np.float64)).all():
+    if not all(t.isfinite().all() for t in (part.W0[i, j], part.factors.B[i], part.factors.A[:, j])):
         return False
+    w, factors = array_of(part.W0[i, j]), part.factors.of_entries(i, j)
     own = np.arange(len(w))
     target = float_format(w.dtype)
     entries = single_entries(factors, np.broadcast_to(w[:, None], (len(w), len(w))), own, own, target)

@@ -2,32 +2,26 @@
 
 Each entry of W0 is read once and each merged one written once. bfloat16 is evaluated in float32 for low
 ranks, all else in float64, never on units that round their operands; e is that of
-`loracle.reference.merge_proof`, of each entry's own row and column. Entries are listed for which ``v - e``
-and ``v + e`` do not round to one number.
+`loracle.reference.merge_proof`, of each entry's own row and column. Entries for which ``v - e`` and ``v + e``
+do not round to one number are marked, in a bit each: to list them would take longer than to merge them.
 """
 
-from functools import lru_cache
-
-import numpy as np
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from loracle.reference.merge_proof import error_coefficients
+from torch import Tensor, nn
 
 from .device_factors import DeviceFactors
+from .rounding_kernel import KINDS, as_float32, coefficients, error_numbers, plain, rounded_ends
 
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_FOUND_SHARE = 1 << 6
-_FOUND_LEAST = 1 << 12
 _FLOAT32_RANK = 32
 """Up to which float32 is enough for bfloat16: there it leaves 0.2% of the entries at r = 16, of float16 seven
 times as many, and the share grows with the rank and the size of the update."""
-_FLOAT32, _FLOAT64 = np.dtype(np.float32), np.dtype(np.float64)
+_STEP = 16
+"""Components whose loads are issued together."""
 
 
-def merge_all(factors: DeviceFactors, W0: Tensor, merged: Tensor) -> tuple[Tensor, Tensor]:
+def merge_all(factors: DeviceFactors, W0: Tensor, merged: Tensor) -> Tensor:
     """Write ``W0 + B A``, each entry rounded once, but for those whose rounding is not proven.
 
     Args:
@@ -37,67 +31,54 @@ def merge_all(factors: DeviceFactors, W0: Tensor, merged: Tensor) -> tuple[Tenso
             number.
 
     Returns:
-        The flat indices of those, int64, in any order, and how many there are, (1,), which may be more than
-        there is room for. Nothing waits for the device.
+        Marks of those, (rows, in / 8) uint8, rounded up: bit n of byte g is entry 8 g + n of the row. Nothing
+        waits for the device.
     """
     rows, columns = W0.shape
-    kind = _KINDS[W0.dtype]
+    marks = torch.empty(rows, triton.cdiv(columns, 8), dtype=torch.uint8, device=W0.device)
+    if not rows * columns:
+        return marks
     wide = W0.dtype is not torch.bfloat16 or factors.r > _FLOAT32_RANK
     numbers = torch.float64 if wide else torch.float32
-    room = rows * columns // _FOUND_SHARE + _FOUND_LEAST
-    found = torch.empty(room, dtype=torch.int64, device=W0.device)
-    count = torch.zeros(1, dtype=torch.int32, device=W0.device)
-    if not rows * columns:
-        return found, count
-    block_rows, block_columns = (32, 128) if wide else (64, 128)
-    grid = (triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns))
-    _merge[grid](
-        _plain(W0),
-        factors.A.to(numbers),
-        factors.B.to(numbers).t().contiguous(),
+    step = min(factors.r, _STEP)
+    missing = -factors.r % step
+    A, Bt = factors.A.to(numbers), factors.B.t().to(numbers)
+    if missing:
+        A, Bt = (nn.functional.pad(factor, (0, 0, 0, missing)) for factor in (A, Bt))
+    _, of_product, of_sum = error_numbers(factors.r, numbers)
+    column_norms = factors.column_norms.to(numbers)
+    block_rows, block_columns = block_of(wide)
+    _merge[triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)](
+        plain(W0),
+        A.contiguous(),
+        Bt.contiguous(),
         factors.row_norms.to(numbers),
-        factors.column_norms.to(numbers),
-        _coefficients(factors.r, numbers, W0.device),
-        _plain(merged),
-        found,
-        count,
+        of_product * column_norms + of_sum,
+        of_sum * (column_norms + 2),
+        coefficients(factors.r, numbers, W0.device),
+        plain(merged),
+        marks,
         rows,
         columns,
         W0.stride(0),
         W0.stride(1),
         merged.stride(0),
         merged.stride(1),
-        room,
-        R=factors.r,
-        KIND=kind,
+        R=factors.r + missing,
+        STEP=step,
+        KIND=KINDS[W0.dtype],
         WIDE=wide,
+        WHOLE=rows % block_rows == 0 and columns % block_columns == 0,
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
-        num_warps=8,
+        num_warps=4,
     )
-    return found, count
+    return marks
 
 
-@lru_cache(maxsize=64)
-def _coefficients(r: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """In memory: numbers that are passed to a kernel, or stand in it, are float32."""
-    work = _FLOAT64 if dtype is torch.float64 else _FLOAT32
-    return torch.tensor(error_coefficients(work, r), dtype=dtype, device=device)
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """bfloat16 as its bits: its numbers are those of float32's upper halves."""
-    return tensor.view(torch.int16) if tensor.dtype is torch.bfloat16 else tensor
-
-
-@triton.jit
-def _float32_to_odd(values):  # type: ignore[no-untyped-def]
-    """As `rounding.round_float64` reaches 16 bits: truncated, the last bit set where something was lost."""
-    nearest = values.to(tl.float32)
-    widened = nearest.to(tl.float64)
-    bits = nearest.to(tl.int32, bitcast=True)
-    truncated = (bits - (tl.abs(widened) > tl.abs(values)).to(tl.int32)) | 1
-    return tl.where(widened != values, truncated, bits).to(tl.float32, bitcast=True)
+def block_of(wide: bool) -> tuple[int, int]:
+    """Rows and columns that a program merges, in float64 where wide."""
+    return (32 if wide else 64), 64
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -106,68 +87,54 @@ def _merge(  # type: ignore[no-untyped-def]
     A,
     Bt,
     row_norms,
-    column_norms,
-    coefficients,
+    slopes,
+    offsets,
+    error,
     merged,
-    found,
-    count,
+    marks,
     rows,
     columns,
     W0_row,
     W0_column,
     merged_row,
     merged_column,
-    room,
     R: tl.constexpr,
+    STEP: tl.constexpr,
     KIND: tl.constexpr,
     WIDE: tl.constexpr,
+    WHOLE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
     work = tl.float64 if WIDE else tl.float32
-    i = (tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    j = (tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)).to(tl.int64)[None, :]
-    inside = (i < rows) & (j < columns)
+    i = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    j = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    # Masks cost as much as what they guard: none where all blocks are whole.
+    in_rows = (i >= 0) if WHOLE else (i < rows)
+    in_columns = (j >= 0) if WHOLE else (j < columns)
+    inside = in_rows[:, None] & in_columns[None, :]
+    row = i.to(tl.int64)[:, None]
+    column = j.to(tl.int64)[None, :]
+    stored = tl.load(W0 + row * W0_row + column * W0_column, mask=inside, other=0)
     value = tl.zeros((BLOCK_ROWS, BLOCK_COLUMNS), work)
-    for k in range(R):
-        b = tl.load(Bt + k * rows + i, mask=i < rows, other=0.0)
-        a = tl.load(A + k * columns + j, mask=j < columns, other=0.0)
-        value += b * a
-    stored = tl.load(W0 + i * W0_row + j * W0_column, mask=inside, other=0)
-    if KIND == 1:
-        w = (stored.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
-        value += w.to(work)
-    else:
-        value += stored.to(work)
-    row_norm = tl.load(row_norms + i, mask=i < rows, other=0.0)
-    column_norm = tl.load(column_norms + j, mask=j < columns, other=0.0)
-    e = tl.load(coefficients) * tl.abs(value) + tl.load(coefficients + 1) * (row_norm * column_norm)
-    e += tl.load(coefficients + 2) * (row_norm + column_norm + 2)
-    below = value - e
-    above = value + e
-    if WIDE and KIND != 0:
-        below = _float32_to_odd(below)
-        above = _float32_to_odd(above)
-    if KIND == 1:
-        # Half a unit of the last place up, then truncated: a tie may go either way, but the ends differ then.
-        low = ((below.to(tl.uint32, bitcast=True) + 0x8000) >> 16).to(tl.int16)
-        high = ((above.to(tl.uint32, bitcast=True) + 0x8000) >> 16).to(tl.int16)
-        same = (low == high) & (((low >> 7) & 0xFF) != 0xFF)
-    elif KIND == 2:
-        low = below.to(tl.float16)
-        low_bits = low.to(tl.int16, bitcast=True)
-        high_bits = above.to(tl.float16).to(tl.int16, bitcast=True)
-        same = (low_bits == high_bits) & (((low_bits >> 10) & 0x1F) != 0x1F)
-    else:
-        low = below.to(tl.float32)
-        low_bits = low.to(tl.int32, bitcast=True)
-        high_bits = above.to(tl.float32).to(tl.int32, bitcast=True)
-        same = (low_bits == high_bits) & (((low_bits >> 23) & 0xFF) != 0xFF)
-    tl.store(merged + i * merged_row + j * merged_column, low, mask=inside)
-    left = (inside & ~same).to(tl.int32)
-    own = tl.sum(tl.sum(left, axis=1), axis=0)
-    if own > 0:
-        flat = tl.reshape(left, (BLOCK_ROWS * BLOCK_COLUMNS,))
-        place = tl.atomic_add(count, own) + tl.cumsum(flat, axis=0) - 1
-        index = tl.reshape(i * columns + j, (BLOCK_ROWS * BLOCK_COLUMNS,))
-        tl.store(found + place, index, mask=(flat != 0) & (place < room))
+    for first in range(0, R, STEP):
+        for k in tl.static_range(STEP):
+            b = tl.load(Bt + (first + k) * rows + i, mask=in_rows, other=0.0)
+            a = tl.load(A + (first + k) * columns + j, mask=in_columns, other=0.0)
+            value += b[:, None] * a[None, :]
+    value += as_float32(stored, KIND).to(work)
+    row_norm = tl.load(row_norms + i, mask=in_rows, other=0.0)
+    slope = tl.load(slopes + j, mask=in_columns, other=0.0)
+    offset = tl.load(offsets + j, mask=in_columns, other=0.0)
+    # The terms of e in another order, which the room in them is enough for as well.
+    e = tl.load(error) * tl.abs(value) + (row_norm[:, None] * slope[None, :] + offset[None, :])
+    low, open_entry = rounded_ends(value - e, value + e, KIND, WIDE)
+    tl.store(merged + row * merged_row + column * merged_column, low, mask=inside)
+    if not WHOLE:
+        open_entry = open_entry & inside
+    bits = open_entry.to(tl.int32) << (j[None, :] & 7)
+    packed = tl.sum(tl.reshape(bits, (BLOCK_ROWS, BLOCK_COLUMNS // 8, 8)), axis=2)
+    width = tl.cdiv(columns, 8)
+    group = tl.program_id(1) * (BLOCK_COLUMNS // 8) + tl.arange(0, BLOCK_COLUMNS // 8)
+    place = marks + row * width + group[None, :]
+    tl.store(place, packed.to(tl.uint8), mask=in_rows[:, None] & (group < width)[None, :])
