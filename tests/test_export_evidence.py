@@ -57,6 +57,10 @@ def test_a_claim_without_a_document_is_not_measured(tmp_path: Path) -> None:
     assert all(command.startswith("loracle ") for claim in made for command in claim.statement.commands)
 
 
+BETTER_TOGETHER = {**SCORES, ("qv", 1): 0.7, ("qv", 4): 0.8}
+"""Query and value need rank 4, and are better than query at both ranks."""
+
+
 @pytest.mark.parametrize(
     ("ratios", "verdict", "said"),
     [
@@ -102,7 +106,12 @@ def test_latency_stands_beside_the_paper_s(tmp_path: Path) -> None:
     [
         (SCORES, Verdict.AGREES, "gains at rank 1, query alone at rank 4, as in the paper."),
         ({**SCORES, ("q", 1): 0.8}, Verdict.PARTLY, "but for query alone as well"),
-        ({**SCORES, ("qv", 1): 0.5}, Verdict.DISAGREES, "was not enough for both together"),
+        ({**SCORES, ("qv", 1): 0.5}, Verdict.DISAGREES, "and they were not better than query alone at every"),
+        (
+            BETTER_TOGETHER,
+            Verdict.PARTLY,
+            "was not enough for both together, but at every rank both together were better than query alone.",
+        ),
         ({("q", 4): 0.8, ("qv", 4): 0.8}, Verdict.UNDECIDED, "were not all measured"),
         ({("qv", 1): 0.8}, Verdict.UNDECIDED, "were not all measured"),
     ],
@@ -112,6 +121,18 @@ def test_ranks(tmp_path: Path, scores: dict[Any, float], verdict: Verdict, said:
     assert own.verdict is verdict
     assert said in own.sentence
     assert ("one seed" in own.sentence) == (verdict is not Verdict.UNDECIDED)
+
+
+def test_which_score_is_better_is_the_metric_s_and_one_that_diverged_is_worse(tmp_path: Path) -> None:
+    document = sweep(BETTER_TOGETHER)
+    document["lower_is_better"] = True
+    assert found(tmp_path, RANK, document).verdict is Verdict.DISAGREES
+    for entry in document["table"]:
+        if entry["targets"] == "q":
+            entry["score"] = None
+    assert found(tmp_path, RANK, document).verdict is Verdict.PARTLY
+    document["table"][-1]["score"] = None
+    assert found(tmp_path, RANK, document).verdict is Verdict.DISAGREES
 
 
 def test_ranks_stand_beside_the_paper_s(tmp_path: Path) -> None:

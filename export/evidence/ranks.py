@@ -50,8 +50,7 @@ def sweep_charts(own: RankSweep) -> tuple[Chart, ...]:
 
 def _finding(own: RankSweep) -> Finding:
     enough = {one.targets: one.rank for one in own.enough}
-    ranks = {entry.rank for entry in own.table if entry.targets == QUERY_AND_VALUE}
-    verdict, sentence = _judged(enough, ranks, own.share)
+    verdict, sentence = _judged(own, enough)
     if own.seeds == 1 and verdict is not Verdict.UNDECIDED:
         sentence += " It is one seed, whose luck may be larger than the differences."
     return Finding(
@@ -73,7 +72,7 @@ def _figure(own: RankSweep) -> str:
     said = []
     for name in [name for name in (QUERY, QUERY_AND_VALUE) if name in sets] or list(sets)[:3]:
         entries = [entry for entry in own.table if entry.targets == name]
-        scores = {entry.rank: entry.score for entry in entries if entry.score is not None}
+        scores = {rank: score for rank, score in _scores(own, name).items() if score is not None}
         first = min(entries, key=lambda entry: entry.rank)
         words = f"{name} {numbers.seeds(first.score, first.low, first.high)} at rank {first.rank}"
         if scores:
@@ -83,10 +82,10 @@ def _figure(own: RankSweep) -> str:
     return f"{'; '.join(said)}; untrained {numbers.score(own.before)}"
 
 
-def _judged(enough: dict[str, int | None], ranks: set[int], share: float) -> tuple[Verdict, str]:
+def _judged(own: RankSweep, enough: dict[str, int | None]) -> tuple[Verdict, str]:
     """Return the verdict on the smallest ranks that are enough, by target set."""
-    kept = f"{100 * share:g}% of what the best of all cells gains"
-    if 1 not in ranks or QUERY not in enough or QUERY_AND_VALUE not in enough:
+    kept = f"{100 * own.share:g}% of what the best of all cells gains"
+    if 1 not in _scores(own, QUERY_AND_VALUE) or QUERY not in enough or QUERY_AND_VALUE not in enough:
         return Verdict.UNDECIDED, (
             "The claim compares q with qv from rank 1 on, which were not all measured, so it is not decided "
             "by this."
@@ -96,10 +95,26 @@ def _judged(enough: dict[str, int | None], ranks: set[int], share: float) -> tup
     of_one = "at no rank measured" if alone is None else f"at rank {alone}"
     found = f"Query and value together reach {kept} {of_both}, query alone {of_one}"
     if both != 1:
-        return Verdict.DISAGREES, f"{found}: rank 1 was not enough for both together."
+        found += ": rank 1 was not enough for both together"
+        if _always_better(own):
+            return Verdict.PARTLY, f"{found}, but at every rank both together were better than query alone."
+        return Verdict.DISAGREES, f"{found}, and they were not better than query alone at every rank."
     if alone == 1:
         return Verdict.PARTLY, f"{found}: rank 1 was enough for both together, but for query alone as well."
     return Verdict.AGREES, f"{found}, as in the paper."
+
+
+def _scores(own: RankSweep, targets: str) -> dict[int, float | None]:
+    """Return a target set's scores by rank."""
+    return {entry.rank: entry.score for entry in own.table if entry.targets == targets}
+
+
+def _always_better(own: RankSweep) -> bool:
+    """Whether query and value together have the better score at each rank that both were measured at."""
+    together, alone = _scores(own, QUERY_AND_VALUE), _scores(own, QUERY)
+    pairs = [(together[rank], alone[rank]) for rank in together.keys() & alone.keys()]
+    sign = -1 if own.lower_is_better else 1
+    return all(both is not None and (one is None or sign * (both - one) > 0) for both, one in pairs)
 
 
 def _table(own: RankSweep) -> Table:
