@@ -70,7 +70,9 @@ def main() -> None:
     for architecture in (80, 90):
         target = GPUTarget("cuda", architecture, 32)
         for name, kernel, warps in variants():
-            compiled = triton.compile(kernel, target=target, options={"num_warps": warps})
+            compiled = triton.compile(
+                kernel, target=target, options={"num_warps": warps, "enable_fp_fusion": True}
+            )
             assert compiled.asm["cubin"]
             found[f"{name} sm_{architecture}"] = sorted(
                 set(re.findall(r"(?:ld|st)\.global(?:\.v\d)?\.[a-z]\d+", compiled.asm["ptx"]))

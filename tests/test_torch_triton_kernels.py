@@ -18,7 +18,7 @@ def instructions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str
     """Of each kernel, variant and architecture, those that load and store global memory."""
     cache = str(tmp_path_factory.mktemp("triton"))
     done = subprocess.run(
-        [sys.executable, str(PROGRAM)],
+        [sys.executable, "-W", "error::UserWarning", str(PROGRAM)],
         env={**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache},
         stdout=subprocess.PIPE,
         check=True,

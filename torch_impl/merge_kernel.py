@@ -72,6 +72,7 @@ def merge_all(factors: DeviceFactors, W0: Tensor, merged: Tensor) -> Tensor:
         BLOCK_ROWS=block_rows,
         BLOCK_COLUMNS=block_columns,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return marks
 

@@ -51,6 +51,7 @@ def prove(factors: DeviceFactors, W0: Tensor, merged: Tensor, found: Tensor) -> 
         KIND=KINDS[W0.dtype],
         BLOCK=_BLOCK,
         num_warps=4,
+        enable_fp_fusion=True,
     )
     return left
 

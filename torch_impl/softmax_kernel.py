@@ -32,7 +32,15 @@ def softmax_errors(
     rows, vocabulary = z.shape
     size = min(block, triton.next_power_of_2(vocabulary))
     _softmax_errors[(rows,)](
-        z, targets, fraction, losses, vocabulary, WRITE=write, BLOCK=size, num_warps=16 if size > 2048 else 4
+        z,
+        targets,
+        fraction,
+        losses,
+        vocabulary,
+        WRITE=write,
+        BLOCK=size,
+        num_warps=16 if size > 2048 else 4,
+        enable_fp_fusion=True,
     )
 
 
