@@ -64,6 +64,10 @@ class LoraLayer(nn.Module):
         arrays, device = self.merged_arrays(names, label), self.base_weight.device
         return lambda: {name: tensor_of(array).to(device) for name, array in arrays.items()}
 
+    def merges_surely(self, names: Sequence[str]) -> bool:
+        """Whether the result of `start_merge` is known to be no error, by less work than to compute it."""
+        return False
+
     @property
     def weight(self) -> Tensor:
         """The weight that ``base_layer`` holds now: W0, or the merged one while ``merged``."""
@@ -220,6 +224,11 @@ class LoraLayer(nn.Module):
         for name, tensor in parameters.items():
             self._kept[name] = getattr(self.base_layer, name)
             setattr(self.base_layer, name, nn.Parameter(tensor, requires_grad=False))
+
+    def forget_base(self) -> None:
+        """Let go of the base layer's own parameters for good; no adapter counts any more."""
+        self._kept = {}
+        self.activate(())
 
     def restore_base(self) -> None:
         """Put the base layer's own parameters back, the same objects with the same bits."""

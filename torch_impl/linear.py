@@ -16,6 +16,7 @@ from .device_merge import DeviceMerge, merges_on_device
 from .dora import check_norm, dora_linear, dora_norm
 from .function import Member, Term, lora_products
 from .layer import LoraLayer
+from .overflow import cannot_overflow
 from .quantization import is_quantized
 from .shared_input import Sharing
 from .starts import linear_update
@@ -150,6 +151,15 @@ class LoraLinear(LoraLayer):
             self.base_weight, adapters, fan_in_fan_out=self.fan_in_fan_out, name=f"{label}.weight"
         )
         return lambda: {"weight": merge.result()}
+
+    def merges_surely(self, names: Sequence[str]) -> bool:
+        """See `LoraLayer.merges_surely`: where nothing but the weight is merged, and it can't overflow."""
+        updates = [self.update(name) for name in names]
+        if any(own.lora_magnitude_vector is not None or own.lora_bias is not None for own in updates):
+            return False
+        return cannot_overflow(
+            self.base_weight, [own for name in names for own in self.device_low_ranks(name)]
+        )
 
     def _merged_dora(self, name: str, magnitude: NDArray[Any], label: str) -> NDArray[Any]:
         W0, (own,) = array_of(self.base_weight), self.low_ranks(name)
