@@ -43,7 +43,7 @@ STAGES = (
     Stage("task", ("evidence_task",)),
     Stage("rank-library", ("evidence_rank", "--only", "library", "--seeds", "0,1,2")),
     Stage("rank-translate", ("evidence_rank", "--only", "translate", "--seeds", "0")),
-    Stage("rank-summarize", ("evidence_rank", "--only", "summarize", "--seeds", "0")),
+    Stage("rank-summarize", ("evidence_rank", "--only", "summarize", "--seeds", "0", "--steps", "50")),
     Stage("intrinsic", ("evidence_intrinsic",)),
     Stage("intrinsic-said", ("evidence_intrinsic", "--projection", "said")),
 )
@@ -55,6 +55,9 @@ def command_of(stage: Stage, work: Path, out: Path, *, quick: bool) -> list[str]
     if quick:
         if "--seeds" in arguments:
             arguments[arguments.index("--seeds") + 1] = "0"
+        if "--steps" in arguments:  # a quick run has its own
+            at = arguments.index("--steps")
+            del arguments[at : at + 2]
         arguments.append("--quick")
     if stage.works:
         arguments += ["--work", str(work)]

@@ -28,6 +28,9 @@ def test_the_stages_are_modules_that_take_their_arguments(stage: evidence.Stage,
         parsed = module.parse(arguments)
         assert (parsed.work, parsed.out, parsed.quick) == (Path("work"), Path("out"), quick)
         assert getattr(parsed, "seeds", (0,)) == (0,) or not quick
+        assert getattr(parsed, "steps", None) == (
+            50 if stage.name == "rank-summarize" and not quick else None
+        )
     else:
         assert arguments == [*(["--quick"] if quick else []), "--out", "out"]
 
