@@ -4,11 +4,18 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
+
+from loracle.torch_impl.device_factors import DeviceFactors
 
 pytest.importorskip("triton")
+from loracle.torch_impl import merge_kernel, prove_kernel, softmax_kernel
+
 PROGRAM = Path(__file__).with_name("compile_kernels.py")
 WIDE_LOAD, WIDE_STORE = "ld.global.v4.b32", "st.global.v4.b32"
 
@@ -43,3 +50,39 @@ def test_the_large_operands_move_16_bytes_at_a_time(instructions: dict[str, list
         assert WIDE_LOAD in found, name
         assert (WIDE_STORE in found) == (" read " not in name), name
         assert "st.global.b16" not in found, name
+
+
+def test_kernels_run_on_the_device_of_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of a model on several GPUs most tensors are not on the current one.
+    current: list[torch.Tensor] = []
+    launched: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        current.append(tensor)
+        yield
+        current.pop()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid: object) -> Callable[..., None]:
+            return lambda first, *others, **options: launched.append(
+                (self.name, current[-1].data_ptr() == first.data_ptr())
+            )
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    for module, name in (
+        (merge_kernel, "_merge"),
+        (prove_kernel, "_prove"),
+        (softmax_kernel, "_softmax_errors"),
+    ):
+        monkeypatch.setattr(module, name, Kernel(name))
+    W0 = torch.ones(2, 8)
+    factors = DeviceFactors([(torch.ones(1, 8), torch.ones(2, 1), 1.0)], (2, 8), W0.device)
+    merge_kernel.merge_all(factors, W0, W0.clone())
+    prove_kernel.prove(factors, W0, W0.clone(), torch.zeros(1, dtype=torch.int64))
+    softmax_kernel.softmax_errors(W0, torch.zeros(2).long(), torch.ones(1), torch.ones(2, 1), write=True)
+    assert launched == [("_merge", True), ("_prove", True), ("_softmax_errors", True)]
+    assert not current

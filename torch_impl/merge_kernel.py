@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .device_factors import DeviceFactors
 from .rounding_kernel import KINDS, as_float32, coefficients, error_numbers, plain, rounded_ends
+from .triton_kernels import launching_at
 
 _FLOAT32_RANK = 32
 """Up to which float32 is enough for bfloat16: there it leaves 0.2% of the entries at r = 16, of float16 seven
@@ -48,32 +49,33 @@ def merge_all(factors: DeviceFactors, W0: Tensor, merged: Tensor) -> Tensor:
     _, of_product, of_sum = error_numbers(factors.r, numbers)
     column_norms = factors.column_norms.to(numbers)
     block_rows, block_columns = block_of(wide)
-    _merge[triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)](
-        plain(W0),
-        A.contiguous(),
-        Bt.contiguous(),
-        factors.row_norms.to(numbers),
-        of_product * column_norms + of_sum,
-        of_sum * (column_norms + 2),
-        coefficients(factors.r, numbers, W0.device),
-        plain(merged),
-        marks,
-        rows,
-        columns,
-        W0.stride(0),
-        W0.stride(1),
-        merged.stride(0),
-        merged.stride(1),
-        R=factors.r + missing,
-        STEP=step,
-        KIND=KINDS[W0.dtype],
-        WIDE=wide,
-        WHOLE=rows % block_rows == 0 and columns % block_columns == 0,
-        BLOCK_ROWS=block_rows,
-        BLOCK_COLUMNS=block_columns,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with launching_at(W0):
+        _merge[triton.cdiv(rows, block_rows), triton.cdiv(columns, block_columns)](
+            plain(W0),
+            A.contiguous(),
+            Bt.contiguous(),
+            factors.row_norms.to(numbers),
+            of_product * column_norms + of_sum,
+            of_sum * (column_norms + 2),
+            coefficients(factors.r, numbers, W0.device),
+            plain(merged),
+            marks,
+            rows,
+            columns,
+            W0.stride(0),
+            W0.stride(1),
+            merged.stride(0),
+            merged.stride(1),
+            R=factors.r + missing,
+            STEP=step,
+            KIND=KINDS[W0.dtype],
+            WIDE=wide,
+            WHOLE=rows % block_rows == 0 and columns % block_columns == 0,
+            BLOCK_ROWS=block_rows,
+            BLOCK_COLUMNS=block_columns,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return marks
 
 

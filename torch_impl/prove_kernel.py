@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .device_factors import DeviceFactors
 from .rounding_kernel import KINDS, as_float32, coefficients, plain, rounded_ends
+from .triton_kernels import launching_at
 
 _BLOCK = 128
 
@@ -27,32 +28,33 @@ def prove(factors: DeviceFactors, W0: Tensor, merged: Tensor, found: Tensor) -> 
     """
     left = torch.empty(len(found), dtype=torch.bool, device=W0.device)
     A, B = factors.A, factors.B
-    _prove[(triton.cdiv(len(found), _BLOCK),)](
-        plain(W0),
-        A,
-        B,
-        factors.row_norms,
-        factors.column_norms,
-        coefficients(factors.r, torch.float64, W0.device),
-        plain(merged),
-        found,
-        left,
-        len(found),
-        W0.shape[1],
-        W0.stride(0),
-        W0.stride(1),
-        merged.stride(0),
-        merged.stride(1),
-        A.stride(0),
-        A.stride(1),
-        B.stride(0),
-        B.stride(1),
-        factors.r,
-        KIND=KINDS[W0.dtype],
-        BLOCK=_BLOCK,
-        num_warps=4,
-        enable_fp_fusion=True,
-    )
+    with launching_at(W0):
+        _prove[(triton.cdiv(len(found), _BLOCK),)](
+            plain(W0),
+            A,
+            B,
+            factors.row_norms,
+            factors.column_norms,
+            coefficients(factors.r, torch.float64, W0.device),
+            plain(merged),
+            found,
+            left,
+            len(found),
+            W0.shape[1],
+            W0.stride(0),
+            W0.stride(1),
+            merged.stride(0),
+            merged.stride(1),
+            A.stride(0),
+            A.stride(1),
+            B.stride(0),
+            B.stride(1),
+            factors.r,
+            KIND=KINDS[W0.dtype],
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
     return left
 
 

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_kernels import launching_at
+
 BLOCK = 8192
 """Logits at a time; a row of fewer is one block."""
 
@@ -31,17 +33,18 @@ def softmax_errors(
     """
     rows, vocabulary = z.shape
     size = min(block, triton.next_power_of_2(vocabulary))
-    _softmax_errors[(rows,)](
-        z,
-        targets,
-        fraction,
-        losses,
-        vocabulary,
-        WRITE=write,
-        BLOCK=size,
-        num_warps=16 if size > 2048 else 4,
-        enable_fp_fusion=True,
-    )
+    with launching_at(z):
+        _softmax_errors[(rows,)](
+            z,
+            targets,
+            fraction,
+            losses,
+            vocabulary,
+            WRITE=write,
+            BLOCK=size,
+            num_warps=16 if size > 2048 else 4,
+            enable_fp_fusion=True,
+        )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
