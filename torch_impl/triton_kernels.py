@@ -16,6 +16,6 @@ def has_triton(device: torch.device) -> bool:
 
 
 def launching_at(tensor: Tensor) -> AbstractContextManager[Any]:
-    """While it lasts the current device is the tensor's: Triton launches there, whatever its arguments' is."""
+    """While it lasts the current device, on which Triton launches, is the tensor's."""
     context: AbstractContextManager[Any] = cast(Any, torch.cuda.device_of)(tensor)
     return context
