@@ -30,7 +30,7 @@ from .evidence_data import ClassificationFiles, files_in
 from .evidence_options import keep, parsed, parser_of
 from .tables import plain_table
 
-DIMS = (100, 1_000, 3_000, 10_000, 30_000)
+DIMS = (100, 1_000, 3_000, 10_000)
 RATES = (1e-3, 3e-3)
 
 
