@@ -196,7 +196,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ceilings": asdict(ceilings),
         "rounds": arguments.rounds,
         "rank": RANK,
-        "not_measured": [] if installed("liger_kernel") else ["PEFT + Liger: liger-kernel is not installed"],
+        "not_measured": [
+            *([] if installed("liger_kernel") else ["PEFT + Liger: liger-kernel is not installed"]),
+            "Unsloth: importing it changes transformers and PEFT for the whole process, the other ways with it",
+        ],
         "parity": [],
         "rows": [],
     }
