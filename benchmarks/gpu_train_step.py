@@ -198,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "rank": RANK,
         "not_measured": [
             *([] if installed("liger_kernel") else ["PEFT + Liger: liger-kernel is not installed"]),
-            "Unsloth: importing it changes transformers and PEFT for the whole process, the other ways with it",
+            "Unsloth: its import changes transformers and PEFT for the whole process, other ways too",
         ],
         "parity": [],
         "rows": [],
