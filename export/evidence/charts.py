@@ -1,7 +1,7 @@
 """The charts of the page.
 
 Their classes beside those of `loracle.export.svg`: ``dot``, ``beside``, ``band``, ``stem``, ``level``,
-``over``, ``cell``, ``chosen`` and ``value``.
+``cell``, ``chosen`` and ``value``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ _LABELS = 120
 _LABEL_LETTERS = 20
 _STEP = 26
 _LINE = 12
+_LEVEL_NAMES = 105
 _CELL_WIDTH, _CELL_HEIGHT = 52, 30
 _ROW_LABELS = 56
 _ROW_LETTERS = 9
@@ -174,16 +175,19 @@ def curve_chart(
     """
     levels = [level for _, level in lines]
     shown = [*levels, *(own for point in points for own in point[1:])]
-    x = log_axis(min(point[0] for point in points), max(point[0] for point in points), LEFT, WIDTH - RIGHT)
+    x = log_axis(
+        min(point[0] for point in points), max(point[0] for point in points), LEFT, WIDTH - _LEVEL_NAMES
+    )
     y = axis(min(shown), max(shown), HEIGHT - BOTTOM, TOP)
     body = frame(x, y, *labels)
     free = math.inf
     for name, level in sorted(lines, key=lambda line: line[1]):
-        # From the lowest up, so that what is written beside one line is not written over another's.
-        free = min(y(level) - 4, free - _LINE)
+        # From the lowest up, so that no name is written over another; each line is bent to its own.
+        free = min(y(level), free - _LINE)
+        bent = f"{x.start},{y(level):.1f} {x.stop},{y(level):.1f} {x.stop + 12},{free:.1f}"
         body += [
-            f'<line class="level" x1="{x.start}" y1="{y(level):.1f}" x2="{x.stop}" y2="{y(level):.1f}"/>',
-            text(x.start + 4, free, name, anchor="start", kind="label over"),
+            f'<polyline class="level" fill="none" points="{bent}"/>',
+            text(x.stop + 15, free + 4, name, anchor="start", kind="label"),
         ]
     body.append(polyline([point[0] for point in points], [point[1] for point in points], x, y))
     for number, value, low, high in points:

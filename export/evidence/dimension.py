@@ -24,7 +24,7 @@ def _finding(own: Intrinsic) -> Finding:
     metric = own.metric.replace("_", " ")
     lines = [
         ("all parameters", own.full),
-        ("90% of that", own.threshold),
+        ("90% of full", own.threshold),
         ("90% of the gain", own.threshold_above_start),
         ("untrained", own.start),
     ]
