@@ -39,10 +39,7 @@ def merges_on_device(W0: Tensor, updates: Sequence[LoraUpdate]) -> bool:
         W0.is_cuda
         and W0.dtype in BITS
         and not isinstance(W0, DTensor)
-        and all(
-            update.lora_magnitude_vector is None and update.lora_bias is None and update.lora_A.is_cuda
-            for update in updates
-        )
+        and all(update.is_product and update.lora_A.is_cuda for update in updates)
     )
 
 

@@ -154,10 +154,7 @@ class LoraLinear(LoraLayer):
 
     def merges_surely(self, names: Sequence[str]) -> bool:
         """See `LoraLayer.merges_surely`: where nothing but the weight is merged, and it can't overflow."""
-        updates = [self.update(name) for name in names]
-        if any(own.lora_magnitude_vector is not None or own.lora_bias is not None for own in updates):
-            return False
-        return cannot_overflow(
+        return all(self.update(name).is_product for name in names) and cannot_overflow(
             self.base_weight, [own for name in names for own in self.device_low_ranks(name)]
         )
 

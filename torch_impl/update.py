@@ -91,6 +91,11 @@ class LoraUpdate(nn.Module):
         self.register_buffer("minus_start_B", None if start is None else -start[1], persistent=False)
 
     @property
+    def is_product(self) -> bool:
+        """Whether it is ``scaling * lora_B lora_A`` and nothing beside: no magnitude, no bias of lora_B."""
+        return self.lora_magnitude_vector is None and self.lora_bias is None
+
+    @property
     def start(self) -> tuple[Tensor, Tensor] | None:
         """(A, -B) of the part of W0 that the update starts as, or None."""
         A, B = cast(tuple[Tensor | None, Tensor | None], (self.start_A, self.minus_start_B))
